@@ -1,0 +1,334 @@
+"""What a representation is worth: image quality, kNN, linear probe, clusters, from scratch.
+
+Pictures are float in 0..1, features float32 (N, D), labels int64 (N,), all on one device. Label
+arguments may be numpy or torch arrays of any integer type. Everything large is done in chunks.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+
+import data
+
+CHUNK = 1 << 24                                     # floats in the largest temporary matrix (64 MiB)
+
+
+@torch.no_grad()
+def in_chunks(f, x, size=1000):
+    """torch.cat of f over slices of uint8 pictures x, given to f as float 0..1."""
+    return torch.cat([f(data.to_float(part)) for part in x.split(size)])
+
+
+# ---------------------------------------------------------------------------------- image quality
+
+def ssim(x, y, data_range=1.0):
+    """Structural similarity of each pair of pictures: x, y (N, C, H, W) -> (N,). Wang et al. 2004.
+
+    Gaussian window of 11 taps, sigma 1.5, population covariance, K1 0.01, K2 0.03, no padding (only
+    windows that lie inside), mean over windows, then channels. Pictures under 11 px get the largest odd
+    window that fits. 1 for equal pictures.
+    """
+    x, y = x.float(), y.float()
+    rows, cols = (_window_matrix(n, x) for n in x.shape[2:])
+    def mean(v):                                    # both 1-d filters as products with banded matrices
+        return rows @ v @ cols.T
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    mx, my = mean(x), mean(y)
+    vx, vy, vxy = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+    s = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    return s.mean((1, 2, 3))
+
+
+def _window_matrix(n, like, taps=11, sigma=1.5):
+    """(n - taps + 1, n): each row a normalised Gaussian, moved on by one."""
+    taps = min(taps, n - 1 + n % 2)
+    w = torch.exp(-(torch.arange(taps, device=like.device) - taps // 2).square() / (2 * sigma ** 2))
+    band = torch.zeros(n - taps + 1, n, device=like.device)
+    for i in range(len(band)):
+        band[i, i:i + taps] = w / w.sum()
+    return band
+
+
+def psnr(x, y, data_range=1.0):
+    """Peak signal-to-noise ratio of each pair, in dB: (N, C, H, W) -> (N,); inf for equal pictures."""
+    return 10 * torch.log10(data_range ** 2 / (x.float() - y.float()).square().flatten(1).mean(1))
+
+
+def reconstruction(reconstruct, x):
+    """{'mse', 'ssim', 'psnr'}: means over uint8 pictures x of reconstruct(x) against x."""
+    def measure(v):
+        r = reconstruct(v)
+        return torch.stack([(r - v).square().flatten(1).mean(1), ssim(r, v), psnr(r, v)], 1)
+    return dict(zip(('mse', 'ssim', 'psnr'), in_chunks(measure, x).mean(0).tolist()))
+
+
+# ---------------------------------------------------------------------------------------- k-means
+
+def nearest(x, centres):
+    """(index of the nearest centre, squared distance to it) for each row of x (N, D)."""
+    index, dist = [], []
+    bias = centres.square().sum(1)
+    for part in x.split(max(1, CHUNK // len(centres))):
+        d, i = torch.addmm(bias, part, centres.T, alpha=-2).min(1)          # |x|^2 is the same for all
+        index.append(i)
+        dist.append((d + part.square().sum(1)).clamp_(min=0))
+    return torch.cat(index), torch.cat(dist)
+
+
+def kmeans(x, k, restarts=10, iterations=100, tol=1e-4, seed=0, centres=None):
+    """Lloyd's k-means on x (N, D): (assignment (N,), centres (k, D), inertia), the best of `restarts`.
+
+    Starts by k-means++ (Arthur & Vassilvitskii 2007), or from `centres`. A cluster left empty restarts
+    at the point farthest from its centre. Stops when the centres' squared shift falls under tol times
+    the mean variance of a feature. Best is by inertia, the sum of squared distances. Memory: N floats
+    and one chunk.
+    """
+    if not 1 <= k <= len(x):
+        raise ValueError(f'k-means was asked for {k} clusters of {len(x)} points')
+    x = x.float()
+    limit = tol * x.var(0, unbiased=False).mean()
+    best = None
+    for r in range(1 if centres is not None else restarts):
+        g = data.generator(x.device, seed, 'kmeans', r)
+        c = centres.to(x) if centres is not None else _kmeans_plus_plus(x, k, g)
+        for _ in range(iterations):
+            old, (index, dist) = c, nearest(x, c)
+            c = _centroids(x, index, dist, k)
+            if (c - old).square().sum() <= limit:
+                break
+        index, dist = nearest(x, c)
+        inertia = dist.sum().item()
+        if best is None or inertia < best[2]:
+            best = index, c, inertia
+    return best
+
+
+def _kmeans_plus_plus(x, k, g):
+    """k rows of x, each drawn with probability proportional to its squared distance from those before."""
+    first = torch.randint(len(x), (1,), generator=g, device=x.device)
+    picked, dist = [first], None
+    for _ in range(k - 1):
+        d = nearest(x, x[picked[-1]])[1]
+        dist = d if dist is None else torch.minimum(dist, d)
+        total = dist.double().cumsum(0) if x.device.type != 'mps' else dist.cumsum(0)
+        draw = torch.rand(1, generator=g, device=x.device, dtype=total.dtype) * total[-1]
+        picked.append(torch.searchsorted(total, draw).clamp(max=len(x) - 1))
+    return x[torch.cat(picked)].clone()
+
+
+def _centroids(x, index, dist, k):
+    """Mean of each cluster; an empty one takes the farthest point, each a different one."""
+    count = torch.bincount(index, minlength=k)
+    total = torch.zeros(k, x.shape[1], device=x.device)
+    step = max(1, CHUNK // k)
+    for part, i in zip(x.split(step), index.split(step)):                   # one-hot product: deterministic
+        total += F.one_hot(i, k).to(x.dtype).T @ part
+    centres = total / count.clamp(min=1).unsqueeze(1)
+    empty = (count == 0).nonzero().flatten()
+    if len(empty):
+        centres[empty] = x[dist.topk(len(empty)).indices]
+    return centres
+
+
+# ------------------------------------------------------------------------- clusters against classes
+
+def contingency(pred, labels):
+    """(clusters, classes) counts of each pair, as int64 numpy; rectangular when their numbers differ."""
+    pred, labels = (np.asarray(torch.as_tensor(v).cpu()).astype(np.int64) for v in (pred, labels))
+    if pred.shape != labels.shape or pred.ndim != 1 or not len(pred):
+        raise ValueError(f'cluster ids of shape {pred.shape} and labels of shape {labels.shape}; wanted (N,) twice')
+    if pred.min() < 0 or labels.min() < 0:
+        raise ValueError('cluster ids and labels must not be negative')
+    K = labels.max() + 1
+    return np.bincount(pred * K + labels, minlength=(pred.max() + 1) * K).reshape(-1, K)
+
+
+def hungarian_accuracy(pred, labels):
+    """(accuracy, {cluster: class}) of the best one-to-one matching of clusters to classes.
+
+    Matched on the rectangular contingency table (Kuhn 1955); pictures in clusters left unmatched count
+    as wrong.
+    """
+    table = contingency(pred, labels)
+    rows, cols = linear_sum_assignment(table, maximize=True)
+    return table[rows, cols].sum() / table.sum(), dict(zip(rows.tolist(), cols.tolist()))
+
+
+def _entropy(p):
+    p = p[p > 0]
+    return -(p * np.log(p)).sum()
+
+
+def nmi(pred, labels):
+    """Normalised mutual information, arithmetic mean of the entropies; 0 if there is one cluster and one class."""
+    p = contingency(pred, labels) / len(pred)
+    h1, h2 = _entropy(p.sum(1)), _entropy(p.sum(0))
+    mutual = h1 + h2 - _entropy(p)
+    return float(max(0.0, mutual / ((h1 + h2) / 2))) if h1 + h2 > 0 else 0.0
+
+
+def ari(pred, labels):
+    """Adjusted Rand index (Hubert & Arabie 1985): 1 for equal partitions, 0 expected by chance."""
+    table = contingency(pred, labels).astype(float)
+    def pairs(n):
+        return (n * (n - 1) / 2).sum()
+    a, b, both, total = pairs(table.sum(1)), pairs(table.sum(0)), pairs(table), pairs(table.sum())
+    expected = a * b / total if total else 0.0
+    top = (a + b) / 2 - expected
+    return float((both - expected) / top) if top else 1.0
+
+
+def purity(pred, labels):
+    """Share of pictures in the majority class of their cluster. Rises with k: say k beside it."""
+    table = contingency(pred, labels)
+    return float(table.max(1).sum() / table.sum())
+
+
+def confusion_matrix(pred, labels, K):
+    """(K, K) counts: row = true class, column = predicted class."""
+    table = np.zeros((K, K), np.int64)
+    np.add.at(table, (np.asarray(torch.as_tensor(labels).cpu()), np.asarray(torch.as_tensor(pred).cpu())), 1)
+    return table
+
+
+def f1(confusion):
+    """Per-class F1 from a confusion matrix: (K,); 0 where a class is neither present nor predicted."""
+    return 2 * confusion.diagonal() / np.maximum(confusion.sum(0) + confusion.sum(1), 1)
+
+
+# -------------------------------------------------------------------------------- labelled probes
+
+def knn(x_train, y_train, x_test, k=20, tau=0.07):
+    """Class of each test row by a vote of its k nearest training rows: (N,) int64.
+
+    Cosine similarity s, votes weighted exp(s / tau) (arXiv 1805.01978, section 3.4).
+    """
+    k = min(k, len(x_train))
+    bank = F.normalize(x_train.float(), dim=1).T
+    classes, votes = int(y_train.max()) + 1, []
+    for part in F.normalize(x_test.float(), dim=1).split(max(1, CHUNK // len(x_train))):
+        s, i = (part @ bank).topk(k, dim=1)
+        vote = torch.zeros(len(part), classes, device=part.device)
+        votes.append(vote.scatter_add_(1, y_train[i], (s / tau).exp()).argmax(1))
+    return torch.cat(votes)
+
+
+def linear_probe(x_train, y_train, x_val, y_val, x_test, l2s=(1e-3, 1e-2, 1e-1, 1.0)):
+    """(predicted classes (N,), chosen l2): multinomial logistic regression on frozen features.
+
+    Features are standardised by the training rows. The L2 strength is chosen by accuracy on the
+    validation rows; then the probe is fitted anew on both. All of these labels count as used.
+    """
+    K = int(torch.cat([y_train, y_val]).max()) + 1
+    scores = []
+    for l2 in l2s if len(x_val) else l2s[1:2]:
+        pred = _fit_logistic(x_train, y_train, K, l2)(x_val).argmax(1) if len(x_val) else y_val
+        scores.append(((pred == y_val).float().mean().item(), l2))
+    l2 = max(scores)[1]
+    predict = _fit_logistic(torch.cat([x_train, x_val]), torch.cat([y_train, y_val]), K, l2)
+    return predict(x_test).argmax(1), l2
+
+
+def _fit_logistic(x, y, K, l2, iterations=200):
+    """Function from features to logits (N, K): minimises cross-entropy + l2 / 2 |W|^2 by L-BFGS."""
+    mean, std = x.mean(0), x.std(0, unbiased=False).clamp(min=1e-6)
+    def standardise(v):
+        return (v - mean) / std
+    xs = standardise(x)
+    W = torch.zeros(x.shape[1], K, device=x.device, requires_grad=True)
+    b = torch.zeros(K, device=x.device, requires_grad=True)
+    opt = torch.optim.LBFGS([W, b], max_iter=iterations, tolerance_change=1e-7, line_search_fn='strong_wolfe')
+    def closure():
+        opt.zero_grad()
+        loss = F.cross_entropy(xs @ W + b, y) + l2 / 2 * W.square().sum()
+        loss.backward()
+        return loss
+    with torch.enable_grad():
+        opt.step(closure)
+    return lambda v: standardise(v) @ W.detach() + b.detach()
+
+
+# ----------------------------------------------------------------------------- PCA and health
+
+class PCA:
+    """Principal components of x (N, D): encode to (N, k), decode back. Exact, through the covariance."""
+
+    def __init__(self, x, k):
+        self.mean = x.mean(0)
+        cov = (x - self.mean).T @ (x - self.mean) / len(x)
+        self.components = torch.linalg.eigh(cov).eigenvectors[:, -k:].flip(1)        # (D, k), largest first
+
+    def encode(self, x):
+        return (x - self.mean) @ self.components
+
+    def decode(self, z):
+        return z @ self.components.T + self.mean
+
+
+def effective_rank(h):
+    """exp of the entropy of the normalised singular values of centred h (N, D) (Roy & Vetterli 2007).
+
+    D when all directions carry the same, 1 when the features have collapsed to a line.
+    """
+    s = torch.linalg.svdvals((h - h.mean(0)).float())
+    p = s / s.sum().clamp(min=1e-12)
+    return math.exp(-(p * p.clamp(min=1e-12).log()).sum().item())
+
+
+def active_units(mu, threshold=0.01):
+    """Number of latent units whose mean varies over pictures by more than threshold (arXiv 1509.00519)."""
+    return int((mu.var(0) > threshold).sum())
+
+
+# ------------------------------------------------------------------------------------ all measures
+
+@torch.no_grad()
+def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_share=0.1, device='cpu'):
+    """Every measure of one representation, as a dict for metrics.json. Reads the test set once.
+
+    Scored on the test set; on the validation pictures if there is no test set, or if it has no labels
+    while the training set has some. Measures that need labels the data set lacks are named in 'left_out'.
+
+    mse, ssim, psnr: of the reconstructions. knn: k = 20, cosine, all training and validation labels.
+    probe: linear, from probe_share of the training and validation labels together; a sixth of those come
+    from validation and choose the L2 strength. kmeans_*: on L2-normalised features, fitted on the training
+    pictures, k = the number of classes; ACC maps clusters to classes by Hungarian matching on the training
+    labels, NMI, ARI and purity need no mapping.
+    """
+    use_test = ds.x_test is not None and (ds.y_test is not None or ds.y_train is None)
+    x, y = (ds.x_test, ds.y_test) if use_test else (ds.x_train[val_ids], _take(ds.y_train, val_ids))
+    x = x.to(device)
+    out = {'split': 'test' if use_test else 'validation', 'n': len(x), 'left_out': []}
+    if reconstruct:
+        out.update(reconstruction(reconstruct, x))
+    h, h_train, h_val = (in_chunks(encode, v.to(device)).float() for v in
+                         (x, ds.x_train[train_ids], ds.x_train[val_ids]))
+    out.update(features=h.shape[1], effective_rank=effective_rank(h), feature_std=h.std(0).mean().item())
+    if y is None:
+        return {**out, 'left_out': ['knn', 'probe', 'kmeans']}
+    y, K = y.to(device), len(ds.classes)
+    index, centres, _ = kmeans(F.normalize(h_train, dim=1), min(K, len(h_train)), restarts=5, seed=seed)
+    pred = nearest(F.normalize(h, dim=1), centres)[0]
+    out.update(clusters=len(centres), kmeans_nmi=nmi(pred, y), kmeans_ari=ari(pred, y), kmeans_purity=purity(pred, y))
+    if ds.y_train is None:
+        return {**out, 'kmeans_acc': hungarian_accuracy(pred, y)[0], 'kmeans_mapping': out['split'],
+                'left_out': ['knn', 'probe']}
+    y_train, y_val = ds.y_train[train_ids].to(device), ds.y_train[val_ids].to(device)
+    mapping = hungarian_accuracy(index, y_train)[1]
+    mapped = torch.tensor([mapping.get(i, -1) for i in range(len(centres))], device=device)[pred]
+    out.update(kmeans_acc=(mapped == y).float().mean().item(), kmeans_mapping='train')
+    bank = (h_train, y_train) if not use_test else (torch.cat([h_train, h_val]), torch.cat([y_train, y_val]))
+    out.update(knn=(knn(*bank, h) == y).float().mean().item(), knn_labels=len(bank[1]))
+    n = max(2, round(probe_share * (len(y_train) + len(y_val))))
+    a = torch.randperm(len(y_train), generator=data.generator('cpu', seed, 'probe'))[:n - n // 6].to(device)
+    b = torch.arange(0 if not use_test else min(n // 6, len(y_val)), device=device)
+    pred, l2 = linear_probe(h_train[a], y_train[a], h_val[b], y_val[b], h)
+    table = confusion_matrix(pred, y, K)
+    return {**out, 'probe': (pred == y).float().mean().item(), 'probe_labels': len(a) + len(b), 'probe_l2': l2,
+            'f1': f1(table).tolist(), 'confusion': table.tolist()}
+
+
+def _take(y, ids):
+    return None if y is None else y[ids]

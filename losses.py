@@ -1,0 +1,60 @@
+"""The losses. Each is computed in float32, whatever precision the network ran in."""
+import functools
+
+import torch
+import torch.nn.functional as F
+
+
+def in_float32(loss):
+    """Decorator: run a loss with autocast off and its tensors as float32 (half precision rounds too much)."""
+    @functools.wraps(loss)
+    def wrapped(x, *args, **kwargs):
+        with torch.autocast(x.device.type, enabled=False):
+            return loss(x.float(), *(a.float() if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+    return wrapped
+
+
+@in_float32
+def mse(recon, x):
+    """Mean squared error over pixels and batch; recon, x (B, C, H, W) in 0..1."""
+    return F.mse_loss(recon, x)
+
+
+def kl_normal(mu, logvar):
+    """KL(N(mu, exp(logvar)) || N(0, 1)) in nats per latent unit, (B, D) -> (B, D). Kingma & Welling, appendix B."""
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
+
+
+@in_float32
+def elbo(logits, x, mu, logvar, beta=1.0, likelihood='bernoulli'):
+    """Evidence lower bound in nats, negated: (loss, reconstruction, KL), each a mean over the batch.
+
+    Both terms are summed, over pixels and over latent units, so they stand on one scale (arXiv 1312.6114,
+    eq. 10; beta: beta-VAE). bernoulli: cross-entropy of grey levels x in 0..1 taken as probabilities,
+    logits (B, C, H, W). gaussian: the mean is sigmoid(logits) and the variance 1 / (2 pi), which makes
+    the density's constant vanish: -log p = pi * squared error.
+    """
+    if likelihood == 'bernoulli':
+        nll = F.binary_cross_entropy_with_logits(logits, x, reduction='none')
+    elif likelihood == 'gaussian':
+        nll = torch.pi * (torch.sigmoid(logits) - x).square()
+    else:
+        raise ValueError(f'likelihood {likelihood} is not known; wanted bernoulli or gaussian')
+    recon = nll.flatten(1).sum(1).mean()
+    kl = kl_normal(mu, logvar).sum(1).mean()
+    return recon + beta * kl, recon, kl
+
+
+@in_float32
+def nt_xent(z1, z2, tau):
+    """Normalised temperature-scaled cross-entropy (arXiv 2002.05709, eq. 1): a mean over the 2B anchors.
+
+    z1, z2 (B, D): projections of two views of the same B pictures, normalised here. Only an anchor's
+    similarity with itself is masked; the positive stays in the denominator. log(2B - 1) when all rows
+    are equal, whatever tau. Losses at different tau can't be compared.
+    """
+    B = len(z1)
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    logits = (z @ z.T / tau).fill_diagonal_(float('-inf'))
+    positive = torch.arange(2 * B, device=z.device).roll(B)
+    return F.cross_entropy(logits, positive)

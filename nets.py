@@ -1,0 +1,206 @@
+"""Networks: three encoders, two decoders, and the models that methods train.
+
+Every encoder maps pictures (B, C, H, W) in 0..1 to features h (B, encoder.dim). Kept as a spatial map,
+pooled by an average (contrastive learning) or flattened into a linear layer (autoencoders, which need to
+know where things are).
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def channels(base, width):
+    """`base` channels scaled by `width`, in multiples of 8 as matrix units like them."""
+    return max(8, round(base * width / 8) * 8)
+
+
+def conv_bn(c_in, c_out, stride=1, kernel=3):
+    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out))
+
+
+class Block(nn.Module):
+    """Basic residual block (arXiv 1512.03385): (B, c_in, H, W) -> (B, c_out, ceil(H / stride), ...)."""
+
+    def __init__(self, c_in, c_out, stride=1):
+        super().__init__()
+        self.conv1 = conv_bn(c_in, c_out, stride)
+        self.conv2 = conv_bn(c_out, c_out)
+        same = stride == 1 and c_in == c_out
+        self.skip = nn.Identity() if same else conv_bn(c_in, c_out, stride, kernel=1)
+
+    def forward(self, x):
+        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.skip(x))
+
+
+def resnet(C, H, W, width):
+    """(net, out channels, out height, out width): residual stages for small pictures.
+
+    3x3 stem of stride 2 and no max-pool; stages of 64, 128, 256 channels at 1/2, 1/4, 1/8 of the side,
+    rounded up (28 -> 14, 7, 4); pictures of 64 px and more get one more stage of 512.
+    """
+    widths = [channels(c, width) for c in (64, 128, 256, 512)][:4 if min(H, W) >= 64 else 3]
+    layers = [conv_bn(C, widths[0], 2), nn.ReLU()]
+    for i, c in enumerate(widths):
+        layers.append(Block(widths[max(i - 1, 0)], c, 1 if i == 0 else 2))
+    return nn.Sequential(*layers), widths[-1], *(math.ceil(n / 2 ** len(widths)) for n in (H, W))
+
+
+def convnet(C, H, W, width):
+    """(net, out channels, height, width): four blocks of two 3x3 convolutions, 64-128-256-512, max-pooled."""
+    layers = []
+    for c in [channels(c, width) for c in (64, 128, 256, 512)]:
+        layers += [conv_bn(C, c), nn.ReLU(), conv_bn(c, c), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
+        C, H, W = c, math.ceil(H / 2), math.ceil(W / 2)
+    return nn.Sequential(*layers), C, H, W
+
+
+class Encoder(nn.Module):
+    """Pictures (B, C, H, W) in 0..1 -> features (B, dim).
+
+    net: fc (C*H*W - 256 - dim), conv or resnet. dim None: the average-pooled map (fc: 64 units).
+    """
+
+    def __init__(self, net, shape, width=1.0, dim=None):
+        super().__init__()
+        C, H, W = shape
+        if net == 'fc':
+            hidden, self.dim = channels(256, width), dim or channels(64, width)
+            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(C * H * W, hidden), nn.ReLU(),
+                                        nn.Linear(hidden, self.dim))
+            return
+        body, c, h, w = {'conv': convnet, 'resnet': resnet}[net](C, H, W, width)
+        self.dim = dim or c
+        head = [nn.Flatten(), nn.Linear(c * h * w, dim)] if dim else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        self.layers = nn.Sequential(body, *head)
+
+    def forward(self, x):
+        return self.layers(x.contiguous(memory_format=torch.channels_last))
+
+
+class FCDecoder(nn.Module):
+    """Latents (B, D) -> logits (B, C, H, W) through one hidden layer of 256."""
+
+    def __init__(self, dim, shape, width=1.0):
+        super().__init__()
+        hidden = channels(256, width)
+        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(),
+                                    nn.Linear(hidden, math.prod(shape)), nn.Unflatten(1, shape))
+
+    def forward(self, z):
+        return self.layers(z)
+
+
+class ConvDecoder(nn.Module):
+    """Latents (B, D) -> logits (B, C, H, W), exactly H x W for any size.
+
+    A linear layer makes a map at 1/4 of the side, residual blocks grow it to 1/2, and the last
+    convolution writes each 2 x 2 of pixels at once (pixel shuffle), so no layer works at full size.
+    """
+
+    def __init__(self, dim, shape, width=1.0):
+        super().__init__()
+        C, self.H, self.W = shape
+        h, w, c = math.ceil(self.H / 4), math.ceil(self.W / 4), channels(128, width)
+        self.grow = nn.Sequential(
+            nn.Linear(dim, c * h * w), nn.Unflatten(1, (c, h, w)), nn.BatchNorm2d(c), nn.ReLU(), Block(c, c),
+            nn.Upsample(scale_factor=2), Block(c, c // 2), Block(c // 2, c // 2),
+            nn.Conv2d(c // 2, 4 * C, 3, padding=1), nn.PixelShuffle(2))
+
+    def forward(self, z):
+        return self.grow(z)[:, :, :self.H, :self.W]
+
+
+# ---------------------------------------------------------------------------------------- models
+
+class Autoencoder(nn.Module):
+    """encode: x -> z (B, latent); decode: z -> recon in 0..1; forward: both."""
+
+    def __init__(self, encoder, decoder):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def encode(self, x):
+        return self.encoder(x)
+
+    def decode(self, z):
+        return torch.sigmoid(self.decoder(z).float())
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+
+class VAE(nn.Module):
+    """Variational autoencoder (arXiv 1312.6114). encode gives mu, the feature used to judge it."""
+
+    def __init__(self, encoder, decoder):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder      # encoder.dim is 2 x latent: mu, logvar
+
+    def posterior(self, x):
+        """(mu, logvar), each (B, latent) float32."""
+        mu, logvar = self.encoder(x).float().chunk(2, dim=1)
+        return mu, logvar.clamp(-10, 10)                   # keeps exp(logvar) finite early on
+
+    def encode(self, x):
+        return self.posterior(x)[0]
+
+    def decode(self, z):
+        return torch.sigmoid(self.decoder(z).float())
+
+    def forward(self, x, g=None):
+        """(logits, mu, logvar) with z drawn from the posterior by generator g."""
+        mu, logvar = self.posterior(x)
+        return self.decoder(reparameterize(mu, logvar, g)), mu, logvar
+
+
+def reparameterize(mu, logvar, g=None):
+    """mu + sigma * eps, eps ~ N(0, 1): a sample through which gradients flow."""
+    return mu + (0.5 * logvar).exp() * torch.randn(mu.shape, device=mu.device, generator=g)
+
+
+class SimCLR(nn.Module):
+    """Encoder and two-layer projection head (arXiv 2002.05709). encode gives h, before the head."""
+
+    def __init__(self, encoder, dim=128):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Sequential(nn.Linear(encoder.dim, encoder.dim, bias=False), nn.BatchNorm1d(encoder.dim),
+                                  nn.ReLU(), nn.Linear(encoder.dim, dim))
+
+    def encode(self, x):
+        return self.encoder(x)
+
+    def forward(self, x):
+        """Projection z (B, dim)."""
+        return self.head(self.encoder(x))
+
+
+def build(method, net, shape, width=1.0, latent=64):
+    """The model that `method` trains, on pictures of `shape` (C, H, W)."""
+    if method == 'ae':
+        return Autoencoder(Encoder(net, shape, width, latent), FCDecoder(latent, shape, width))
+    if method == 'conv':
+        return Autoencoder(Encoder(net, shape, width, latent), ConvDecoder(latent, shape, width))
+    if method == 'vae':
+        return VAE(Encoder(net, shape, width, 2 * latent), ConvDecoder(latent, shape, width))
+    if method in ('simclr', 'random'):
+        return SimCLR(Encoder(net, shape, width))
+    raise ValueError(f'{method} trains no network')
+
+
+def size(model):
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def samples(vae, latent, n, g):
+    """n pictures decoded from the prior N(0, 1): (n, C, H, W) in 0..1."""
+    return vae.decode(torch.randn(n, latent, device=g.device, generator=g))
+
+
+def interpolation(vae, x1, x2, n):
+    """n pictures decoded along the line between the codes of x1 and x2, each (1, C, H, W)."""
+    t = torch.linspace(0, 1, n, device=x1.device).unsqueeze(1)
+    return vae.decode(torch.lerp(vae.encode(x1), vae.encode(x2), t))

@@ -1,0 +1,92 @@
+"""What a person looks at: pictures as PNG and tables as text. Standard library, numpy and torch tensors only."""
+import statistics
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+import runs
+
+
+def write_png(path, picture):
+    """Write (H, W) or (H, W, 3) uint8 as PNG: one chunk of zlib-compressed rows (RFC 2083)."""
+    picture = np.ascontiguousarray(picture)
+    H, W = picture.shape[:2]
+    rows = np.zeros((H, 1 + picture[0].size), np.uint8)                     # each row: filter type 0, its bytes
+    rows[:, 1:] = picture.reshape(H, -1)
+    def chunk(kind, body):
+        return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
+    header = struct.pack('>IIBBBBB', W, H, 8, 2 if picture.ndim == 3 else 0, 0, 0, 0)
+    runs.write_atomic(path, b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
+                      + chunk(b'IDAT', zlib.compress(rows.tobytes(), 9)) + chunk(b'IEND', b''))
+
+
+def sheet(*rows, gap=2, zoom=2):
+    """Rows of pictures, each (n, C, H, W) float 0..1, as one picture (H', W') or (H', W', 3) uint8."""
+    C, H, W = rows[0].shape[1:]
+    n = max(len(row) for row in rows)
+    out = np.full((C, len(rows) * (H + gap) + gap, n * (W + gap) + gap), 128, np.uint8)
+    for r, row in enumerate(rows):
+        for i, picture in enumerate((row.detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy()):
+            top, left = gap + r * (H + gap), gap + i * (W + gap)
+            out[:, top:top + H, left:left + W] = picture
+    out = out.repeat(zoom, 1).repeat(zoom, 2)
+    return out[0] if C == 1 else out.transpose(1, 2, 0)
+
+
+def describe(metrics):
+    """metrics.json as lines of text: each measure with the convention it follows."""
+    m, on = metrics, f'{metrics["n"]:,} {metrics["split"]} pictures'
+    lines = [f'measured on {on}, features of {m["features"]} (effective rank {m["effective_rank"]:.1f}, '
+             f'mean std {m["feature_std"]:.3f})']
+    if 'mse' in m:
+        lines.append(f'  reconstruction  MSE {m["mse"]:.4f}, SSIM {m["ssim"]:.3f} (11 taps, sigma 1.5, no padding), '
+                     f'PSNR {m["psnr"]:.1f} dB')
+    if 'active_units' in m:
+        lines.append(f'  latent units    {m["active_units"]} active (variance of the mean over 0.01)')
+    if 'knn' in m:
+        lines.append(f'  kNN             {m["knn"]:.2%} (cosine, k 20, weighted; {m["knn_labels"]:,} labels)')
+    if 'probe' in m:
+        lines.append(f'  linear probe    {m["probe"]:.2%} ({m["probe_labels"]:,} labels, l2 {m["probe_l2"]:g})')
+    if 'kmeans_acc' in m:
+        lines.append(f'  k-means         ACC {m["kmeans_acc"]:.3f} (mapping from {m["kmeans_mapping"]} labels), '
+                     f'NMI {m["kmeans_nmi"]:.3f}, ARI {m["kmeans_ari"]:.3f}, purity {m["kmeans_purity"]:.3f}, '
+                     f'k {m["clusters"]}')
+    if m['left_out']:
+        lines.append(f'  left out for want of labels: {", ".join(m["left_out"])}')
+    return '\n'.join(lines)
+
+
+COLUMNS = [('epochs', 'epochs', '{:.0f}'), ('seconds', 'seconds', '{:.0f}'), ('mse', 'MSE', '{:.4f}'),
+           ('ssim', 'SSIM', '{:.3f}'), ('knn', 'kNN', '{:.1%}'), ('probe', 'probe', '{:.1%}'),
+           ('kmeans_acc', 'k-means ACC', '{:.3f}'), ('kmeans_nmi', 'NMI', '{:.3f}')]
+
+
+def compare(folders):
+    """Table of finished runs as text: those that differ only by seed are one row, mean +- spread over seeds."""
+    groups = {}
+    for folder in map(Path, folders):
+        if not (folder / 'config.json').exists():
+            raise ValueError(f'{folder} is not a run folder: it has no config.json')
+        config = runs.read_json(folder / 'config.json')
+        metrics = runs.read_json(folder / 'metrics.json') if (folder / 'metrics.json').exists() else None
+        key = repr([(k, v) for k, v in sorted(config['args'].items()) if k not in runs.HERE | {'seed'}])
+        groups.setdefault(key, []).append((config, metrics, folder.name))
+    lines = [['method', 'seeds'] + [title for _, title, _ in COLUMNS]]
+    for group in groups.values():
+        done = [m for _, m, _ in group if m]
+        name = group[0][2] if len(group) == 1 else group[0][2].replace(f'-seed={group[0][0]["args"]["seed"]}', '')
+        lines.append([name, str(len(done))] + [_cell([m.get(key) for m in done], form) for key, _, form in COLUMNS])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return '\n'.join('  '.join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                               for i, (cell, w) in enumerate(zip(line, widths))) for line in lines)
+
+
+def _cell(values, form):
+    """'-' without a value, the value itself, or mean±standard deviation of several seeds."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return '-'
+    mean = form.format(statistics.mean(values))
+    return mean if len(values) == 1 or form == '{:.0f}' else f'{mean}±{form.format(statistics.stdev(values)).rstrip("%")}'

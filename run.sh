@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# The main job: trains every method on Fashion-MNIST, measures each the same way, prints one table.
+#
+#   bash run.sh          about 15 minutes on two CPU cores
+#   bash run.sh quick    a smoke run of under 2 minutes
+#   bash run.sh full     the long schedule with three seeds, whose numbers the README quotes
+#   bash run.sh test     the tests; further words go to test_all.py
+#
+# Stopped at any moment, the same command continues. PYTHON=/path/to/python chooses the Python.
+set -euo pipefail
+
+methods='pixels pca random ae conv vae simclr'
+
+flags() {   # of method $2 in schedule $1; a method that isn't named keeps its defaults
+  case $1-$2 in
+    quick-pixels | quick-pca | quick-random) echo --limit 6000 ;;   # nothing to train
+    quick-*)          echo --limit 6000 --epochs 1 ;;
+    default-conv)     echo ;;
+    default-vae)      echo ;;
+    default-simclr)   echo ;;
+    full-conv)        echo ;;
+    full-vae)         echo ;;
+    full-simclr)      echo ;;
+  esac
+}
+
+[[ ${PYTHON:-} == [!/]*/* ]] && PYTHON=$PWD/$PYTHON
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+here=$PWD
+venv=$here/.venv/bin/python
+pythons=("$venv" python python3 python3.13 python3.12 python3.11 python3.10)
+[[ -n ${PYTHON:-} ]] && pythons=("$PYTHON" "$venv")
+files=$(echo {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz)
+usage='usage: bash run.sh [quick|full|test]'
+again='run the same command again to continue'
+tmp=
+trap 'rm -rf "$tmp"' EXIT
+trap 'stop 130 "stopped: $again"' INT
+trap 'stop 143 "stopped: $again"' TERM
+
+stop() {   # exit code, sentence
+  echo "run.sh: $2" >&2
+  exit "$1"
+}
+
+ready() (   # is Python $1 new enough, with the packages? Asked in / since our ssl.py has no part in it
+  [[ $1 != "$venv" || ! -e $here/.venv/unfinished ]] || return 1
+  cd / && "$1" -c 'import sys; assert sys.version_info >= (3, 10)
+import torch, numpy, scipy; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)' 2>/dev/null
+)
+
+environment() {   # sets PY
+  for PY in "${pythons[@]}"; do
+    ready "$PY" && return
+  done
+  make_venv
+  PY=$venv
+}
+
+base_python() {
+  local python
+  for python in "${pythons[@]}"; do
+    [[ $python != "$venv" ]] || continue
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$python" && return
+  done
+  stop 2 "Python 3.10 or newer is needed: install it, or say where it is with PYTHON=/path/to/python"
+}
+
+make_venv() (   # .venv with requirements.txt; made anew if it was left unfinished or its Python is gone
+  trap 'exit 130' INT   # the sentence is said outside
+  base=$(base_python)
+  cd /
+  echo "run.sh: installing requirements.txt into .venv; this is done once and takes some minutes"
+  if [[ -e $here/.venv/unfinished ]] || ! "$venv" -c '' 2>/dev/null; then
+    rm -rf "$here/.venv" && mkdir "$here/.venv" && touch "$here/.venv/unfinished"
+    "$base" -m venv "$here/.venv" >/dev/null 2>&1 || "$base" -m venv --without-pip "$here/.venv" ||
+      stop 2 "$base can't make a virtual environment: install its venv (Debian: apt install python3-venv)"
+  fi
+  pip=("$venv" -m pip)
+  "${pip[@]}" --version >/dev/null 2>&1 || pip=("$base" -m pip --python "$venv")   # no ensurepip
+  "${pip[@]}" --version >/dev/null 2>&1 ||
+    stop 2 "$base has neither ensurepip nor pip 22.3 or newer: install one (Debian: apt install python3-venv)"
+  "${pip[@]}" install -r "$here/requirements.txt" ||
+    stop 2 "pip could not install requirements.txt into .venv, for the reason above: mend it and $again"
+  rm -f "$here/.venv/unfinished"
+  ready "$venv" || stop 2 "torch, numpy and scipy do not import from .venv: delete that folder and $again"
+)
+
+debian_data() {   # Debian's package of the data set, unpacked without root
+  command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || return 1
+  echo "run.sh: trying Debian's package dataset-fashion-mnist"
+  tmp=$(mktemp -d)
+  (
+    cd "$tmp"
+    get() { apt-get -qq -o APT::Sandbox::User=root download dataset-fashion-mnist; }
+    get || { [[ $(id -u) == 0 ]] && apt-get -qq update && get; }
+  ) && dpkg-deb -x "$tmp"/*.deb "$tmp" && mkdir -p data/fashion-mnist || return 1
+  for file in $files; do   # moved into place whole, or not at all
+    cp "$tmp/usr/share/datasets/fashion-mnist/$file" "data/fashion-mnist/$file.tmp" &&
+      mv "data/fashion-mnist/$file.tmp" "data/fashion-mnist/$file" || return 1
+  done
+}
+
+train() {   # schedule, method, name of the run, further flags
+  local code=0 schedule=$1 method=$2 name=$3
+  shift 3
+  "$PY" ssl.py --method "$method" --name "$name" --resume $(flags "$schedule" "$method") "$@" || code=$?
+  case $code in
+    0)         runs+=("runs/$name") ;;
+    130 | 143) stop $code "stopped: $again" ;;
+    *)         stop $code "$name failed with exit code $code; what it said is above" ;;
+  esac
+}
+
+schedule=${1:-default}
+case $schedule in
+  test) shift; environment; exec "$PY" test_all.py "$@" ;;
+  quick | default | full) [[ $# -le 1 ]] || stop 2 "'$2' is one word too many; $usage" ;;
+  *) stop 2 "'$schedule' is no schedule; $usage" ;;
+esac
+environment
+
+"$PY" ssl.py --fetch || { debian_data && "$PY" ssl.py --fetch; } ||
+  stop 2 "Fashion-MNIST could not be fetched: put its files ${files// /, } into data/fashion-mnist/ and $again"
+
+runs=()
+for method in $methods; do
+  case $schedule in
+    quick)   train quick "$method" "quick-$method" ;;
+    default) train default "$method" "$method" ;;
+    full)    for seed in 0 1 2; do train full "$method" "full-$method-seed=$seed" --seed $seed; done ;;
+  esac
+done
+"$PY" ssl.py --compare "${runs[@]}"

@@ -1,0 +1,255 @@
+"""The run folder: config.json, log.jsonl, checkpoint.pt, metrics.json, and a lock while a run is alive.
+
+Every file is written whole beside its place and then renamed into it, so a kill at any moment leaves
+either the old file or the new one.
+"""
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy
+import torch
+
+try:
+    import fcntl
+except ImportError:                                    # Windows has no flock; there, no lock is taken
+    fcntl = None
+
+HERE = {'name', 'resume', 'overwrite', 'device', 'save_every'}       # how a run is run, not what it is
+FREE = HERE | {'epochs'}                                             # what may change on resume
+
+
+def write_atomic(path, blob):
+    """Write bytes to a temporary file in the same folder, fsync, rename. OSError leaves the old file."""
+    path = Path(path)
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        with open(temporary, 'wb') as f:
+            f.write(blob)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path, value):
+    """Atomically, as strict JSON: a number that is not finite is written as null."""
+    write_atomic(path, (json.dumps(_finite(value), indent=1) + '\n').encode())
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path):
+    """Object in a JSON file; ValueError with one sentence if it is not one."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise ValueError(f'{path} is not readable JSON ({e})') from None
+    if not isinstance(value, dict):
+        raise ValueError(f'{path} holds a {type(value).__name__}; wanted an object')
+    return value
+
+
+def flag(key, value):
+    """How an argument is typed: ('batch_size', 64) -> '--batch-size 64'."""
+    return f'--{key.replace("_", "-")} {value}'
+
+
+def describe(args, ds, device):
+    """config.json: every argument, what data, which versions, where."""
+    return {'args': args,
+            'data': {'name': ds.name, 'digest': ds.digest, 'shape': ds.shape, 'train': len(ds.x_train),
+                     'test': 0 if ds.x_test is None else len(ds.x_test), 'classes': ds.classes},
+            'versions': {'python': platform.python_version(), 'torch': torch.__version__,
+                         'numpy': np.__version__, 'scipy': scipy.__version__},
+            'machine': {'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device),
+                        'system': platform.platform(), 'threads': torch.get_num_threads()},
+            'command': shlex.join(['python', *sys.argv])}
+
+
+class Run:
+    """One run folder, opened for writing and locked until the process ends."""
+
+    def __init__(self, folder, config, typed=(), resume=False, overwrite=False):
+        """config as from describe(); typed: names of the arguments that were typed. On resume the others
+        come from the folder's config.json, and a typed one that differs from it is an error that names it."""
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        exists = (self.folder / 'config.json').exists()
+        if exists and not (resume or overwrite):
+            raise ValueError(f'{folder} exists; add --resume to continue it, --overwrite to start again, '
+                             'or another --name')
+        if exists and resume:
+            config = self._merge(read_json(self.folder / 'config.json'), config, typed)
+        else:
+            for old in ('log.jsonl', 'metrics.json', 'checkpoint.pt', 'checkpoint.previous.pt'):
+                (self.folder / old).unlink(missing_ok=True)
+        self.config = config
+        write_json(self.folder / 'config.json', config)
+
+    def _lock(self):
+        if fcntl:
+            self._held = open(self.folder / '.lock', 'w')        # noqa: SIM115 - held as long as the process
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f'{self.folder} is in use by another process; wait for it or stop it') from None
+
+    def _merge(self, old, new, typed):
+        before = old['args']
+        for key in sorted(set(typed) - FREE):
+            if before.get(key) != new['args'][key]:
+                raise ValueError(f'{self.folder} was started with {flag(key, before.get(key))}, not '
+                                 f'{flag(key, new["args"][key])}, which can not change on --resume; use another --name')
+        if old['data']['digest'] != new['data']['digest']:
+            raise ValueError(f'{self.folder} was started on other data (its digest differs); use another --name')
+        kept = {k: v for k, v in before.items() if k not in typed and k not in HERE}
+        return {**new, 'args': {**new['args'], **kept}}
+
+    @property
+    def finished(self):
+        return (self.folder / 'metrics.json').exists()
+
+    def log(self, row):
+        """Append one line to log.jsonl."""
+        with open(self.folder / 'log.jsonl', 'a') as f:
+            f.write(json.dumps(_finite(row)) + '\n')
+
+    def trim_log(self, epochs):
+        """Drop rows after `epochs` finished epochs, and a torn last line: they will be written again."""
+        rows = [row for row in read_log(self.folder) if row['epoch'] <= epochs]
+        write_atomic(self.folder / 'log.jsonl', ''.join(json.dumps(row) + '\n' for row in rows).encode())
+
+    def write_metrics(self, metrics):
+        write_json(self.folder / 'metrics.json', metrics)
+
+    def save(self, state):
+        """Save a checkpoint; the one before it stays as checkpoint.previous.pt."""
+        path = self.folder / 'checkpoint.pt'
+        blob = io.BytesIO()
+        torch.save({**state, 'digest': state_digest(state)}, blob)
+        new = self.folder / 'checkpoint.new.pt'
+        write_atomic(new, blob.getvalue())
+        if path.exists():
+            os.replace(path, self.folder / 'checkpoint.previous.pt')
+        os.replace(new, path)
+
+    def load(self):
+        """Newest whole checkpoint or None; a damaged one is named and the one before it taken."""
+        damaged = None
+        for name in ('checkpoint.pt', 'checkpoint.previous.pt'):
+            if (self.folder / name).exists():
+                try:
+                    state = load_checkpoint(self.folder / name)
+                except ValueError as e:
+                    damaged = e
+                    print(f'{e}; trying the one before it', file=sys.stderr)
+                else:
+                    return state
+        if damaged:
+            raise ValueError(f'{damaged}, and no whole one is left; start again with --overwrite')
+        return None
+
+
+def state_digest(state):
+    """SHA-256 over every name, number and tensor of a nested state."""
+    sha = hashlib.sha256()
+    def visit(value):
+        if isinstance(value, dict):
+            for key in sorted(value, key=str):
+                sha.update(f'{key}:'.encode())
+                visit(value[key])
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+        elif isinstance(value, torch.Tensor):
+            sha.update(f'{value.dtype}{tuple(value.shape)}'.encode())
+            sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        else:
+            sha.update(repr(value).encode())
+    visit(state)
+    return sha.hexdigest()
+
+
+def load_checkpoint(path):
+    """State saved by Run.save, on the CPU. Only plain types and tensors are read (weights_only), so a hostile file
+    runs nothing; ValueError, one sentence, when it is damaged."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        digest = state.pop('digest')
+        whole = digest == state_digest(state)
+    except OSError:
+        raise
+    except Exception as e:                             # torch.load raises nearly any type on a damaged file
+        raise ValueError(f'{path} is not a readable checkpoint ({type(e).__name__})') from None
+    if not whole:
+        raise ValueError(f'{path} is damaged: its content does not match its digest')
+    return state
+
+
+def read_log(folder):
+    """Rows of log.jsonl up to the first line that is torn."""
+    path, rows = Path(folder) / 'log.jsonl', []
+    for line in path.read_text(errors='replace').splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not isinstance(row, dict) or 'epoch' not in row:
+            break
+        rows.append(row)
+    return rows
+
+
+def default_name(method, deviations):
+    """simclr-tau=0.5-seed=1: the method and what was typed differently from its defaults."""
+    parts = [method] + [f'{k.replace("_", "-")}={v}' for k, v in deviations.items()]
+    return re.sub(r'[^\w.=+-]+', '_', '-'.join(parts))[:150]
+
+
+class Progress:
+    """A live line on a terminal; nothing when output is redirected, where only say() prints."""
+
+    def __init__(self, every=0.5):
+        self.live, self.every, self.last, self.width = sys.stdout.isatty(), every, 0.0, 0
+
+    def due(self):
+        """True when the live line wants an update: ask before computing what it shows."""
+        return self.live and time.monotonic() - self.last >= self.every
+
+    def show(self, text):
+        self.last, pad = time.monotonic(), max(0, self.width - len(text))
+        self.width = len(text)
+        print('\r' + text + ' ' * pad, end='', flush=True)
+
+    def say(self, text):
+        """Print a line that stays."""
+        if self.live and self.width:
+            print('\r' + ' ' * self.width + '\r', end='')
+            self.width = 0
+        print(text, flush=True)
+
+
+def clock(seconds):
+    """75 -> '1:15', 4000 -> '1:06:40'."""
+    m, s = divmod(int(seconds), 60)
+    h, m = divmod(m, 60)
+    return f'{h}:{m:02}:{s:02}' if h else f'{m}:{s:02}'

@@ -1,0 +1,198 @@
+"""Training without labels: one loop, and per method the objective that it minimises.
+
+The loop sees pictures only, never a label. An objective is a function (model, x, g) -> (loss, parts):
+x (B, C, H, W) float 0..1 on the device, g the generator of this step, parts a dict of 0-d tensors to log.
+"""
+import math
+import signal
+import time
+from contextlib import contextmanager
+
+import torch
+
+import data
+import evaluate
+import losses
+from runs import Progress, clock
+
+
+class Stopped(Exception):
+    """Training was asked to stop by a signal, after it saved a checkpoint."""
+
+
+# ------------------------------------------------------------------------------------- objectives
+
+def autoencoding(model, x, g, noise=0.0):
+    """Squared error of the reconstruction; with noise, from a noisy picture back to the clean one."""
+    return losses.mse(model(data.add_noise(x, noise, g) if noise else x), x), {}
+
+
+def variational(model, x, g, beta=1.0, likelihood='bernoulli'):
+    """Negative ELBO in nats."""
+    logits, mu, logvar = model(x, g)
+    loss, recon, kl = losses.elbo(logits, x, mu, logvar, beta=beta, likelihood=likelihood)
+    return loss, {'recon': recon, 'kl': kl}
+
+
+def contrastive(model, x, g, tau=0.2, views=None):
+    """NT-Xent of two views of each picture; one forward pass for both."""
+    z1, z2 = model(data.augment(torch.cat([x, x]), views, g)).chunk(2)
+    return losses.nt_xent(z1, z2, tau), {'chance': x.new_tensor(math.log(max(1, 2 * len(x) - 1)))}
+
+
+# ------------------------------------------------------------------------------------- precision
+
+def amp_by_default(device):
+    """bfloat16 where it is faster: CUDA cards that have it, CPUs with AMX or AVX512-BF16."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported()
+    try:
+        with open('/proc/cpuinfo') as f:
+            flags = f.read(1 << 14)
+    except OSError:
+        return False
+    return device.type == 'cpu' and ('amx_bf16' in flags or 'avx512_bf16' in flags)
+
+
+def autocast(device, amp):
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
+
+
+# ----------------------------------------------------------------------------------- optimisation
+
+def optimizer(model, lr, weight_decay):
+    """AdamW; weight decay spares biases and the scales of norms (arXiv 2002.05709, appendix B)."""
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    spare = [p for p in model.parameters() if p.ndim <= 1]
+    fused = decay[0].device.type in ('cuda', 'cpu')
+    return torch.optim.AdamW([{'params': decay, 'weight_decay': weight_decay},
+                              {'params': spare, 'weight_decay': 0.0}], lr=lr, fused=fused)
+
+
+def lr_scale(step, steps, warmup, schedule):
+    """Learning rate of a step as a share of its peak: linear warm-up, then constant or a half cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == 'constant':
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@contextmanager
+def signals():
+    """Yields a list that fills with the first SIGINT or SIGTERM; the second acts at once."""
+    seen, old = [], {}
+    def note(number, frame):
+        seen.append(number)
+        signal.signal(number, old[number])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        old[number] = signal.signal(number, note)
+    try:
+        yield seen
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+# -------------------------------------------------------------------------------------- the loop
+
+def fit(model, objective, x, x_val, run, *, epochs, batch_size, lr, weight_decay=0.0, warmup=0.0,
+        schedule='cosine', patience=0, min_delta=0.0, seed=0, amp=False, save_every=60.0):
+    """Train model on x (N, C, H, W) uint8; returns the seconds it took, over all its sessions.
+
+    Continues from the run's checkpoint, to the bit, if it has one. Stops early when the validation loss
+    has not fallen by min_delta for `patience` epochs (0: never). Raises Stopped after a signal, once
+    the state is saved, and ValueError when the loss is no longer finite; then the last good checkpoint
+    stays. warmup is in epochs.
+    """
+    opt = optimizer(model, lr, weight_decay)
+    steps = data.steps_per_epoch(len(x), batch_size)
+    state = {'epoch': 1, 'step': 0, 'total': torch.zeros((), device=x.device), 'best': math.inf, 'bad': 0,
+             'seconds': 0.0}
+    if saved := run.load():
+        model.load_state_dict(saved.pop('model'))
+        opt.load_state_dict(saved.pop('optimizer'))
+        state = {**saved, 'total': saved['total'].to(x.device)}
+    run.trim_log(state['epoch'] - 1)
+    progress, began, saved_at = Progress(), time.monotonic() - state['seconds'], time.monotonic()
+
+    def save():
+        state['seconds'] = time.monotonic() - began
+        run.save({**state, 'model': model.state_dict(), 'optimizer': opt.state_dict()})
+
+    with signals() as stop:
+        while state['epoch'] <= epochs and not (patience and state['bad'] >= patience):
+            epoch, model = state['epoch'], model.train()
+            started, first = time.monotonic(), state['step']
+            for step, batch in data.batches(x, batch_size, seed, epoch, first):
+                scale = lr_scale((epoch - 1) * steps + step, epochs * steps, warmup * steps, schedule)
+                for group in opt.param_groups:
+                    group['lr'] = lr * scale
+                with autocast(x.device, amp):
+                    loss, _ = objective(model, batch, data.generator(x.device, seed, epoch, step))
+                opt.zero_grad(set_to_none=True)
+                loss.backward()
+                opt.step()
+                state['total'] += loss.detach()
+                state['step'] = step + 1
+                if x.device.type == 'cpu' or step % 50 == 0 or step + 1 == steps:   # a host sync elsewhere
+                    _check_finite(state['total'], epoch, step, lr * scale, run)
+                if progress.due():
+                    progress.show(_live(state, epochs, steps, first, len(x), started))
+                if stop or time.monotonic() - saved_at > save_every:
+                    save()
+                    saved_at = time.monotonic()
+                if stop:
+                    raise Stopped(f'stopped at epoch {epoch}, step {step + 1} of {steps}')
+            row = {'epoch': epoch, 'loss': state['total'].item() / steps, 'lr': lr * scale,
+                   **validate(model, objective, x_val, batch_size, seed, amp),
+                   'images_per_s': round((steps - first) / steps * len(x) / (time.monotonic() - started), 1),
+                   'seconds': round(time.monotonic() - began, 2)}
+            better = row['val_loss'] < state['best'] - min_delta
+            state.update(epoch=epoch + 1, step=0, total=torch.zeros_like(state['total']),
+                         best=row['val_loss'] if better else state['best'], bad=0 if better else state['bad'] + 1)
+            run.log(row)
+            progress.say(describe(row, epochs))
+        save()
+    return state['seconds']
+
+
+def _check_finite(total, epoch, step, lr, run):
+    if not math.isfinite(total.item()):
+        raise ValueError(f'the loss is {total.item()} at epoch {epoch}, step {step + 1}, learning rate {lr:.2g}; '
+                         f'try a lower --lr or --no-amp (the last good checkpoint, if any, is in {run.folder})')
+
+
+@torch.no_grad()
+def validate(model, objective, x_val, batch_size, seed, amp):
+    """{'val_loss', 'std', 'rank', ...} on pictures kept out of training: the objective and its parts, and
+    the health of the features, their mean standard deviation and effective rank."""
+    model.eval()
+    means, h = {}, []
+    for i, part in enumerate(x_val.chunk(data.steps_per_epoch(len(x_val), batch_size))):
+        part = data.to_float(part)
+        with autocast(x_val.device, amp):
+            loss, parts = objective(model, part, data.generator(x_val.device, seed, 'val', i))
+            h.append(model.encode(part).float())
+        for key, value in {'val_loss': loss, **parts}.items():
+            means[key] = means.get(key, 0.0) + value.item() * len(part) / len(x_val)
+    h = torch.cat(h)
+    return {**means, 'std': h.std(0).mean().item(), 'rank': evaluate.effective_rank(h)}
+
+
+def _live(state, epochs, steps, first, n, started):
+    done, took = state['step'] - first, time.monotonic() - started
+    left = (steps - state['step'] + (epochs - state['epoch']) * steps) * took / done
+    return (f'epoch {state["epoch"]}/{epochs} step {state["step"]}/{steps}  '
+            f'loss {state["total"].item() / state["step"]:.4f}  {done * n / steps / took:,.0f} images/s  '
+            f'{clock(left)} left')
+
+
+def describe(row, epochs):
+    """One epoch as a line; the loss stands beside what chance would give, where that is known."""
+    known = {'recon': 'recon {:.1f}', 'kl': 'KL {:.1f}', 'chance': 'chance {:.3f}'}
+    extra = ''.join(f'  {form.format(row[key])}' for key, form in known.items() if key in row)
+    line = (f'epoch {row["epoch"]}/{epochs}  loss {row["loss"]:.4f}  val {row["val_loss"]:.4f}{extra}  '
+            f'feature std {row["std"]:.3f}, rank {row["rank"]:.1f}  {row["images_per_s"]:,.0f} images/s')
+    collapsed = row['rank'] < 1.5 or row['std'] < 1e-4
+    return line + ('\nWARNING: the features have collapsed: all pictures look the same to the encoder' if collapsed else '')
