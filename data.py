@@ -6,9 +6,7 @@ sees exactly what it would have seen.
 """
 import gzip
 import hashlib
-import io
 import math
-import os
 import random
 import zipfile
 import zlib
@@ -203,7 +201,7 @@ def _labels(what, y, n):
 
 
 def split(n, n_val, seed):
-    """(train ids, validation ids): `n_val` of `n`, a tenth at most, picked by the seed; both sorted int64 on the CPU."""
+    """(train ids, validation ids): `n_val` of `n`, a tenth at most, picked by the seed; sorted int64 on the CPU."""
     n_val = min(n_val, n // 10) or 1
     order = torch.randperm(n, generator=generator('cpu', seed, 'split'))
     return order[n_val:].sort().values, order[:n_val].sort().values
@@ -328,13 +326,14 @@ def _saturation(x, strength, g):
 
 
 def _hue(x, strength, g):
-    to_yiq = x.new_tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    to_yiq, to_rgb = yiq.to(x.device), torch.linalg.inv(yiq).to(x.device)      # inverted on the CPU: no sync
     angle = uniform(g, x, -1, 1).view(-1) * (strength / 4 * 2 * math.pi)
     turn = torch.zeros(len(x), 3, 3, device=x.device)
     turn[:, 0, 0] = 1
     turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
     turn[:, 1, 2], turn[:, 2, 1] = -angle.sin(), angle.sin()
-    return (torch.linalg.inv(to_yiq) @ turn @ to_yiq @ x.flatten(2)).view_as(x)
+    return (to_rgb @ turn @ to_yiq @ x.flatten(2)).view_as(x)
 
 
 def blur(x, share, g=None):

@@ -256,9 +256,12 @@ class PCA:
     """Principal components of x (N, D): encode to (N, k), decode back. Exact, through the covariance."""
 
     def __init__(self, x, k):
+        if k > x.shape[1]:
+            raise ValueError(f'PCA was asked for {k} components of {x.shape[1]} pixels; wanted as many or fewer')
         self.mean = x.mean(0)
         cov = (x - self.mean).T @ (x - self.mean) / len(x)
-        self.components = torch.linalg.eigh(cov).eigenvectors[:, -k:].flip(1)        # (D, k), largest first
+        vectors = torch.linalg.eigh(cov.cpu()).eigenvectors                  # few devices have it
+        self.components = vectors[:, -k:].flip(1).to(x.device)               # (D, k), largest first
 
     def encode(self, x):
         return (x - self.mean) @ self.components
@@ -272,7 +275,7 @@ def effective_rank(h):
 
     D when all directions carry the same, 1 when the features have collapsed to a line.
     """
-    s = torch.linalg.svdvals((h - h.mean(0)).float())
+    s = torch.linalg.svdvals((h - h.mean(0)).float().cpu())              # few devices have it
     p = s / s.sum().clamp(min=1e-12)
     return math.exp(-(p * p.clamp(min=1e-12).log()).sum().item())
 

@@ -1,5 +1,6 @@
 """The losses. Each is computed in float32, whatever precision the network ran in."""
 import functools
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,9 @@ def in_float32(loss):
     """Decorator: run a loss with autocast off and its tensors as float32 (half precision rounds too much)."""
     @functools.wraps(loss)
     def wrapped(x, *args, **kwargs):
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        off = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        with off:
             return loss(x.float(), *(a.float() if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
     return wrapped
 

@@ -67,9 +67,7 @@ def compare(folders):
     """Table of finished runs as text: those that differ only by seed are one row, mean +- spread over seeds."""
     groups = {}
     for folder in map(Path, folders):
-        if not (folder / 'config.json').exists():
-            raise ValueError(f'{folder} is not a run folder: it has no config.json')
-        config = runs.read_json(folder / 'config.json')
+        config = runs.read_config(folder)
         metrics = runs.read_json(folder / 'metrics.json') if (folder / 'metrics.json').exists() else None
         key = repr([(k, v) for k, v in sorted(config['args'].items()) if k not in runs.HERE | {'seed'}])
         groups.setdefault(key, []).append((config, metrics, folder.name))
@@ -89,4 +87,6 @@ def _cell(values, form):
     if not values:
         return '-'
     mean = form.format(statistics.mean(values))
-    return mean if len(values) == 1 or form == '{:.0f}' else f'{mean}±{form.format(statistics.stdev(values)).rstrip("%")}'
+    if len(values) == 1 or form == '{:.0f}':
+        return mean
+    return f'{mean}±{form.format(statistics.stdev(values)).rstrip("%")}'

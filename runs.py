@@ -84,6 +84,17 @@ def describe(args, ds, device):
             'command': shlex.join(['python', *sys.argv])}
 
 
+def read_config(folder):
+    """config.json of a run folder; ValueError with one sentence if it is not one."""
+    path = Path(folder) / 'config.json'
+    if not path.exists():
+        raise ValueError(f'{folder} is not a run folder: it has no config.json')
+    config = read_json(path)
+    if not {'method', 'seed'} <= set(config.get('args', {})) or 'digest' not in config.get('data', {}):
+        raise ValueError(f'{path} lacks the arguments or the data digest; was it written by ssl.py?')
+    return config
+
+
 class Run:
     """One run folder, opened for writing and locked until the process ends."""
 
@@ -98,7 +109,7 @@ class Run:
             raise ValueError(f'{folder} exists; add --resume to continue it, --overwrite to start again, '
                              'or another --name')
         if exists and resume:
-            config = self._merge(read_json(self.folder / 'config.json'), config, typed)
+            config = self._merge(read_config(self.folder), config, typed)
         else:
             for old in ('log.jsonl', 'metrics.json', 'checkpoint.pt', 'checkpoint.previous.pt'):
                 (self.folder / old).unlink(missing_ok=True)

@@ -19,11 +19,11 @@ else:
     NETS = ('ae', 'conv', 'vae', 'simclr')
     PER_METHOD = {
         'net': dict(ae='fc', conv='resnet', vae='resnet', simclr='resnet', random='resnet'),
-        'width': dict.fromkeys(NETS + ('random',), 1.0),
+        'width': dict(ae=1.0, conv=0.5, vae=0.5, simclr=1.0, random=1.0),
         'latent': dict(ae=64, conv=64, vae=64, pca=64),
         'epochs': dict(ae=5, conv=10, vae=10, simclr=7),
-        'batch_size': dict(ae=128, conv=256, vae=256, simclr=512),
-        'lr': dict(ae=1e-3, conv=1e-3, vae=1e-3, simclr=2e-3),
+        'batch_size': dict(ae=128, conv=128, vae=128, simclr=512),
+        'lr': dict(ae=1e-3, conv=2e-3, vae=1e-3, simclr=2e-3),
         'weight_decay': dict(ae=0.0, conv=0.0, vae=0.0, simclr=1e-4),
         'warmup': dict(ae=0.0, conv=0.5, vae=0.5, simclr=0.5),
         'schedule': dict(ae='constant', conv='cosine', vae='cosine', simclr='cosine'),
@@ -131,9 +131,10 @@ else:
         flag(g, '--lr', 'peak learning rate of AdamW', type=positive)
         flag(g, '--weight-decay', 'not applied to norms and biases', type=number(float, 0, 10), metavar='X')
         flag(g, '--warmup', 'epochs of linear warm-up', type=number(float, 0, 1e6), metavar='N')
-        flag(g, '--schedule', 'learning rate after warm-up, per step', type=choice('constant', 'cosine'), metavar='NAME')
-        flag(g, '--patience', 'stop after N epochs without a better validation loss; 0 never', type=number(int, 0, 10**6),
-             metavar='N')
+        flag(g, '--schedule', 'learning rate after warm-up, per step', type=choice('constant', 'cosine'),
+             metavar='NAME')
+        flag(g, '--patience', 'stop after N epochs without a better validation loss; 0 never',
+             type=number(int, 0, 10**6), metavar='N')
         flag(g, '--min-delta', 'what counts as better', type=number(float, 0, 1e6), metavar='X')
         flag(g, '--amp', 'bfloat16 in the network, losses in float32 (default: where the device is faster with it)',
              action=argparse.BooleanOptionalAction)
@@ -142,14 +143,17 @@ else:
         flag(g, '--noise', 'std of noise added to the input (ae, conv: denoising) or to each view (simclr), on the '
              '0..1 scale', type=number(float, 0, 10), metavar='STD')
         flag(g, '--beta', 'weight of the KL term', type=number(float, 0, 1e6))
-        flag(g, '--likelihood', 'of a pixel: bernoulli or gaussian', type=choice('bernoulli', 'gaussian'), metavar='NAME')
+        flag(g, '--likelihood', 'of a pixel: bernoulli or gaussian', type=choice('bernoulli', 'gaussian'),
+             metavar='NAME')
         flag(g, '--tau', 'temperature of NT-Xent', type=number(float, 0.001, 100), metavar='T')
 
         g = p.add_argument_group('views')
-        flag(g, '--crop', 'smallest share of the area a crop keeps; 1 is no crop', type=number(float, 0.01, 1), metavar='X')
+        flag(g, '--crop', 'smallest share of the area a crop keeps; 1 is no crop', type=number(float, 0.01, 1),
+             metavar='X')
         flag(g, '--flip', 'mirror left-right half of the time', action=argparse.BooleanOptionalAction)
         flag(g, '--rotate', 'degrees, either way', type=number(float, 0, 180), metavar='DEG')
-        flag(g, '--jitter', 'brightness, contrast; on colour saturation and, a quarter of it, hue', type=share, metavar='X')
+        flag(g, '--jitter', 'brightness, contrast; on colour saturation and, a quarter of it, hue', type=share,
+             metavar='X')
         flag(g, '--blur', 'share of pictures blurred', type=share, metavar='X')
         flag(g, '--cutout', 'side of an erased square as a share of the picture', type=share, metavar='X')
         return p
@@ -170,8 +174,8 @@ else:
             if method and key in PER_METHOD and method not in PER_METHOD[key]:
                 parser.error(f'--{key.replace("_", "-")} does nothing for --method {method}; '
                              f'it is for {", ".join(PER_METHOD[key])}')
-        if typed.get('name') is not None and Path(typed['name']).name != typed['name'].strip() or typed.get('name') == '':
-            parser.error(f'--name {typed["name"]!r} must be a plain folder name')
+        if 'name' in typed and (not typed['name'] or Path(typed['name']).name != typed['name']):
+            parser.error(f'--name {typed["name"]!r} is not a plain folder name')
         if 'resume' in typed and 'overwrite' in typed:
             parser.error('--resume and --overwrite exclude each other')
         plain = dict(method=method, data=None, limit=None, val=5000, name=None, resume=False, overwrite=False,
@@ -185,8 +189,6 @@ else:
     def main(argv=None):
         args, typed, defaults = parse(argv)
         try:
-            import torch
-
             import data
             import report
             import runs
@@ -235,7 +237,8 @@ else:
         ds = data.load(args.data, args.limit)
         if getattr(args, 'amp', False) is None:
             args.amp = train.amp_by_default(device)
-        run = runs.Run(Path('runs') / args.name, runs.describe(vars(args), ds, device), typed, args.resume, args.overwrite)
+        config = runs.describe(vars(args), ds, device)
+        run = runs.Run(Path('runs') / args.name, config, typed, args.resume, args.overwrite)
         args = argparse.Namespace(**run.config['args'])
         if run.finished:
             print(f'{run.folder} is already finished; --evaluate {run.folder} measures it again')
@@ -315,18 +318,20 @@ else:
         """Load a run's checkpoint and write its measures and pictures anew."""
         import data
         import runs
-        config = runs.read_json(folder / 'config.json')
+        config = runs.read_config(folder)
         args = argparse.Namespace(**config['args'])
         device = pick_device(device)
         ds = data.load(args.data, args.limit)
         if ds.digest != config['data']['digest']:
             raise ValueError(f'{folder} was made from other data than {args.data or "Fashion-MNIST here"}')
+        if not (folder / 'metrics.json').exists():
+            raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
         run = runs.Run(folder, config, resume=True)
         model, state = model_of(args, ds.shape, device), run.load()
         if state:
             model.load_state_dict(state['model'])
         elif 'epochs' in args:
-            raise ValueError(f'{folder} has no checkpoint yet')
+            raise ValueError(f'{folder} has lost its checkpoint.pt; train it again with --overwrite')
         finish(run, args, ds, model, device, state['seconds'] if state else 0.0)
 
     def finish(run, args, ds, model, device, seconds):
@@ -350,7 +355,8 @@ else:
                 metrics['active_units'] = evaluate.active_units(mu)
                 rows = nets.samples(model, args.latent, 4 * 16, data.generator(device, args.seed, 'samples')).split(16)
                 report.write_png(run.folder / 'samples.png', report.sheet(*rows))
-                rows = [nets.interpolation(model, few[i:i + 1], few[i + 1:i + 2], 16) for i in range(0, len(few) - 1, 2)]
+                pairs = zip(few[0::2].split(1), few[1::2].split(1))
+                rows = [nets.interpolation(model, x1, x2, 16) for x1, x2 in pairs]
                 report.write_png(run.folder / 'interpolation.png', report.sheet(*rows))
         if args.method == 'simclr':
             write_views(run.folder / 'views.png', few, views_of(args), args.seed)

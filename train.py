@@ -6,7 +6,7 @@ x (B, C, H, W) float 0..1 on the device, g the generator of this step, parts a d
 import math
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -55,7 +55,8 @@ def amp_by_default(device):
 
 
 def autocast(device, amp):
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
+    """Context in which the network's matrix work runs in bfloat16, if amp."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if amp else nullcontext()
 
 
 # ----------------------------------------------------------------------------------- optimisation
@@ -165,8 +166,9 @@ def _check_finite(total, epoch, step, lr, run):
 
 @torch.no_grad()
 def validate(model, objective, x_val, batch_size, seed, amp):
-    """{'val_loss', 'std', 'rank', ...} on pictures kept out of training: the objective and its parts, and
-    the health of the features, their mean standard deviation and effective rank."""
+    """{'val_loss', 'std', 'rank', 'collapsed', ...} on pictures kept out of training: the objective and its
+    parts, and the health of the features: mean standard deviation, effective rank, and whether they have
+    collapsed, to one point (deviations under a thousandth of their size) or one line."""
     model.eval()
     means, h = {}, []
     for i, part in enumerate(x_val.chunk(data.steps_per_epoch(len(x_val), batch_size))):
@@ -177,7 +179,8 @@ def validate(model, objective, x_val, batch_size, seed, amp):
         for key, value in {'val_loss': loss, **parts}.items():
             means[key] = means.get(key, 0.0) + value.item() * len(part) / len(x_val)
     h = torch.cat(h)
-    return {**means, 'std': h.std(0).mean().item(), 'rank': evaluate.effective_rank(h)}
+    std, rank = h.std(0).mean().item(), evaluate.effective_rank(h)
+    return {**means, 'std': std, 'rank': rank, 'collapsed': rank < 1.5 or std < 1e-3 * h.abs().mean().item()}
 
 
 def _live(state, epochs, steps, first, n, started):
@@ -194,5 +197,6 @@ def describe(row, epochs):
     extra = ''.join(f'  {form.format(row[key])}' for key, form in known.items() if key in row)
     line = (f'epoch {row["epoch"]}/{epochs}  loss {row["loss"]:.4f}  val {row["val_loss"]:.4f}{extra}  '
             f'feature std {row["std"]:.3f}, rank {row["rank"]:.1f}  {row["images_per_s"]:,.0f} images/s')
-    collapsed = row['rank'] < 1.5 or row['std'] < 1e-4
-    return line + ('\nWARNING: the features have collapsed: all pictures look the same to the encoder' if collapsed else '')
+    if row['collapsed']:
+        line += '\nWARNING: the features have collapsed: all pictures look the same to the encoder'
+    return line
