@@ -158,11 +158,11 @@ def _read_npz(path):
 
 
 def _dataset(name, arrays, classes=None):
-    x_train = _pictures(f'{name}: x_train', arrays['x_train'])
+    x_train = _pictures(f'{name}: x_train', arrays['x_train'], 20)
     y_train = _labels(f'{name}: y_train', arrays.get('y_train'), len(x_train))
     x_test = y_test = None
     if 'x_test' in arrays:
-        x_test = _pictures(f'{name}: x_test', arrays['x_test'])
+        x_test = _pictures(f'{name}: x_test', arrays['x_test'], 1)
         y_test = _labels(f'{name}: y_test', arrays.get('y_test'), len(x_test))
         if x_test.shape[1:] != x_train.shape[1:]:
             raise ValueError(f'{name}: test pictures are {tuple(x_test.shape[1:])}, '
@@ -176,7 +176,7 @@ def _dataset(name, arrays, classes=None):
     return Dataset(name, x_train, y_train, x_test, y_test, classes, sha.hexdigest())
 
 
-def _pictures(what, x):
+def _pictures(what, x, least):
     """(N, H, W) or (N, H, W, C) uint8 -> (N, C, H, W) uint8 tensor, or a ValueError that says why not."""
     wanted = 'wanted uint8 of shape (N, H, W) or (N, H, W, C), C 1 or 3, H and W at least 8'
     if x.dtype != np.uint8:
@@ -185,8 +185,8 @@ def _pictures(what, x):
         x = x[..., None]
     if x.ndim != 4 or x.shape[3] not in (1, 3) or min(x.shape[1:3]) < 8:
         raise ValueError(f'{what} has shape {x.shape}; {wanted}')
-    if len(x) < 2:
-        raise ValueError(f'{what} holds {len(x)} pictures; wanted at least 2')
+    if len(x) < least:
+        raise ValueError(f'{what} holds {len(x)} pictures; wanted at least {least}')
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
@@ -202,7 +202,7 @@ def _labels(what, y, n):
 
 def split(n, n_val, seed):
     """(train ids, validation ids): `n_val` of `n`, a tenth at most, picked by the seed; sorted int64 on the CPU."""
-    n_val = min(n_val, n // 10) or 1
+    n_val = max(1, min(n_val, n // 10))
     order = torch.randperm(n, generator=generator('cpu', seed, 'split'))
     return order[n_val:].sort().values, order[:n_val].sort().values
 
@@ -216,11 +216,7 @@ def generator(device, *key):
 
 
 def batches(x, batch_size, seed, epoch, start=0):
-    """Yield (step, pictures) of one shuffled pass over x (N, C, H, W) uint8, from step `start` on.
-
-    Batches are as equal as they can be, so none is left with a single picture, which BatchNorm can't
-    take: ceil(N / batch_size) steps whose sizes differ by at most one.
-    """
+    """Yield (step, pictures) of one shuffled pass over x (N, C, H, W) uint8, from step `start` on."""
     order = torch.randperm(len(x), generator=generator(x.device, seed, epoch, 'order'), device=x.device)
     steps = steps_per_epoch(len(x), batch_size)
     for step in range(start, steps):
@@ -228,7 +224,8 @@ def batches(x, batch_size, seed, epoch, start=0):
 
 
 def steps_per_epoch(n, batch_size):
-    return math.ceil(n / batch_size)
+    """Batches of one pass; their sizes differ by at most one, and none is 1, which BatchNorm can't take."""
+    return max(1, min(math.ceil(n / batch_size), n // 2))
 
 
 def to_float(x):

@@ -15,12 +15,8 @@ flags() {   # of method $2 in schedule $1; a method that isn't named keeps its d
   case $1-$2 in
     quick-pixels | quick-pca | quick-random) echo --limit 6000 ;;   # nothing to train
     quick-*)          echo --limit 6000 --epochs 1 ;;
-    default-conv)     echo ;;
-    default-vae)      echo ;;
-    default-simclr)   echo ;;
-    full-conv)        echo ;;
-    full-vae)         echo ;;
-    full-simclr)      echo ;;
+    full-conv | full-vae) echo --epochs 10 ;;
+    full-simclr)      echo --epochs 15 ;;
   esac
 }
 
@@ -124,11 +120,11 @@ environment
   stop 2 "Fashion-MNIST could not be fetched: put its files ${files// /, } into data/fashion-mnist/ and $again"
 
 runs=()
-for method in $methods; do
-  case $schedule in
-    quick)   train quick "$method" "quick-$method" ;;
-    default) train default "$method" "$method" ;;
-    full)    for seed in 0 1 2; do train full "$method" "full-$method-seed=$seed" --seed $seed; done ;;
-  esac
-done
+case $schedule in
+  quick)   for method in $methods; do train quick "$method" "quick-$method"; done ;;
+  default) for method in $methods; do train default "$method" "$method"; done ;;
+  full)    for seed in 0 1 2; do
+             for method in $methods; do train full "$method" "full-$method-seed=$seed" --seed $seed; done
+           done ;;
+esac
 "$PY" ssl.py --compare "${runs[@]}"

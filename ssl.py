@@ -21,7 +21,7 @@ else:
         'net': dict(ae='fc', conv='resnet', vae='resnet', simclr='resnet', random='resnet'),
         'width': dict(ae=1.0, conv=0.5, vae=0.5, simclr=1.0, random=1.0),
         'latent': dict(ae=64, conv=64, vae=64, pca=64),
-        'epochs': dict(ae=5, conv=10, vae=10, simclr=7),
+        'epochs': dict(ae=5, conv=5, vae=5, simclr=7),
         'batch_size': dict(ae=128, conv=128, vae=128, simclr=512),
         'lr': dict(ae=1e-3, conv=2e-3, vae=1e-3, simclr=2e-3),
         'weight_decay': dict(ae=0.0, conv=0.0, vae=0.0, simclr=1e-4),

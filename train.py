@@ -115,9 +115,11 @@ def fit(model, objective, x, x_val, run, *, epochs, batch_size, lr, weight_decay
         opt.load_state_dict(saved.pop('optimizer'))
         state = {**saved, 'total': saved['total'].to(x.device)}
     run.trim_log(state['epoch'] - 1)
-    progress, began, saved_at = Progress(), time.monotonic() - state['seconds'], time.monotonic()
+    scale, progress, began, saved_at = 1.0, Progress(), time.monotonic() - state['seconds'], time.monotonic()
 
     def save():
+        if not all(p.isfinite().all() for p in model.parameters()):         # a gradient overflowed
+            raise ValueError(_not_finite('a weight', state, lr * scale, run))
         state['seconds'] = time.monotonic() - began
         run.save({**state, 'model': model.state_dict(), 'optimizer': opt.state_dict()})
 
@@ -136,8 +138,9 @@ def fit(model, objective, x, x_val, run, *, epochs, batch_size, lr, weight_decay
                 opt.step()
                 state['total'] += loss.detach()
                 state['step'] = step + 1
-                if x.device.type == 'cpu' or step % 50 == 0 or step + 1 == steps:   # a host sync elsewhere
-                    _check_finite(state['total'], epoch, step, lr * scale, run)
+                if x.device.type == 'cpu' or step % 50 == 0 or step + 1 == steps:   # elsewhere each costs a sync
+                    if not state['total'].isfinite():
+                        raise ValueError(_not_finite('the loss', state, lr * scale, run))
                 if progress.due():
                     progress.show(_live(state, epochs, steps, first, len(x), started))
                 if stop or time.monotonic() - saved_at > save_every:
@@ -158,10 +161,9 @@ def fit(model, objective, x, x_val, run, *, epochs, batch_size, lr, weight_decay
     return state['seconds']
 
 
-def _check_finite(total, epoch, step, lr, run):
-    if not math.isfinite(total.item()):
-        raise ValueError(f'the loss is {total.item()} at epoch {epoch}, step {step + 1}, learning rate {lr:.2g}; '
-                         f'try a lower --lr or --no-amp (the last good checkpoint, if any, is in {run.folder})')
+def _not_finite(what, state, lr, run):
+    return (f'{what} is not finite at epoch {state["epoch"]}, step {state["step"]}, learning rate {lr:.2g}; try a '
+            f'lower --lr or --no-amp (the last good checkpoint, if there is one, stays in {run.folder})')
 
 
 @torch.no_grad()
