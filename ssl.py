@@ -23,7 +23,7 @@ else:
         'latent': dict(ae=64, conv=64, vae=64, pca=64),
         'epochs': dict(ae=5, conv=5, vae=5, simclr=7),
         'batch_size': dict(ae=128, conv=128, vae=128, simclr=512),
-        'lr': dict(ae=1e-3, conv=2e-3, vae=1e-3, simclr=2e-3),
+        'lr': dict(ae=1e-3, conv=2e-3, vae=2e-3, simclr=4e-3),
         'weight_decay': dict(ae=0.0, conv=0.0, vae=0.0, simclr=1e-4),
         'warmup': dict(ae=0.0, conv=0.5, vae=0.5, simclr=0.5),
         'schedule': dict(ae='constant', conv='cosine', vae='cosine', simclr='cosine'),
@@ -136,7 +136,7 @@ else:
         flag(g, '--patience', 'stop after N epochs without a better validation loss; 0 never',
              type=number(int, 0, 10**6), metavar='N')
         flag(g, '--min-delta', 'what counts as better', type=number(float, 0, 1e6), metavar='X')
-        flag(g, '--amp', 'bfloat16 in the network, losses in float32 (default: where the device is faster with it)',
+        flag(g, '--amp', 'bfloat16 in the network, losses in float32 (default: where it is faster)',
              action=argparse.BooleanOptionalAction)
 
         g = p.add_argument_group('methods')
@@ -236,7 +236,7 @@ else:
         device = pick_device(args.device)
         ds = data.load(args.data, args.limit)
         if getattr(args, 'amp', False) is None:
-            args.amp = train.amp_by_default(device)
+            args.amp = args.net != 'fc' and train.amp_by_default(device)
         config = runs.describe(vars(args), ds, device)
         run = runs.Run(Path('runs') / args.name, config, typed, args.resume, args.overwrite)
         args = argparse.Namespace(**run.config['args'])

@@ -43,7 +43,7 @@ def contrastive(model, x, g, tau=0.2, views=None):
 # ------------------------------------------------------------------------------------- precision
 
 def amp_by_default(device):
-    """bfloat16 where it is faster: CUDA cards that have it, CPUs with AMX or AVX512-BF16."""
+    """bfloat16 where convolutions are faster with it: CUDA cards that have it, CPUs with AMX or AVX512-BF16."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported()
     try:
