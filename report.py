@@ -70,6 +70,8 @@ def compare(folders):
         config = runs.read_config(folder)
         metrics = runs.read_json(folder / 'metrics.json') if (folder / 'metrics.json').exists() else None
         key = repr([(k, v) for k, v in sorted(config['args'].items()) if k not in runs.HERE | {'seed'}])
+        if config['args']['seed'] in [c['args']['seed'] for c, _, _ in groups.get(key, [])]:
+            key += str(folder)                                              # the same run twice is no spread
         groups.setdefault(key, []).append((config, metrics, folder.name))
     lines = [['method', 'seeds'] + [title for _, title, _ in COLUMNS]]
     for group in groups.values():

@@ -19,6 +19,8 @@ import numpy as np
 import scipy
 import torch
 
+import distributed
+
 try:
     import fcntl
 except ImportError:                                    # Windows has no flock; there, no lock is taken
@@ -180,6 +182,18 @@ class Run:
         return None
 
 
+class Silent:
+    """The run as the processes after the first see it: they know its folder and write nothing."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def nothing(self, *_):
+        return None
+
+    log = trim_log = save = load = nothing
+
+
 def state_digest(state):
     """SHA-256 over every name, number and tensor of a nested state."""
     sha = hashlib.sha256()
@@ -240,7 +254,8 @@ class Progress:
     """A live line on a terminal; nothing when output is redirected, where only say() prints."""
 
     def __init__(self, every=0.5):
-        self.live, self.every, self.last, self.width = sys.stdout.isatty(), every, 0.0, 0
+        self.quiet = distributed.rank() > 0
+        self.live, self.every, self.last, self.width = sys.stdout.isatty() and not self.quiet, every, 0.0, 0
 
     def due(self):
         """True when the live line wants an update: ask before computing what it shows."""
@@ -253,6 +268,8 @@ class Progress:
 
     def say(self, text):
         """Print a line that stays."""
+        if self.quiet:
+            return
         if self.live and self.width:
             print('\r' + ' ' * self.width + '\r', end='')
             self.width = 0

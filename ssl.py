@@ -190,6 +190,7 @@ else:
         args, typed, defaults = parse(argv)
         try:
             import data
+            import distributed
             import report
             import runs
             import train
@@ -216,6 +217,9 @@ else:
             except (RuntimeError, MemoryError) as e:
                 if isinstance(e, MemoryError) or 'memory' in str(e):
                     raise ValueError('out of memory; try a smaller --batch-size, --width or --limit') from None
+                if distributed.world() > 1 and 'peer' in str(e):
+                    raise ValueError('another process of the group has ended; --resume continues from the last '
+                                     'checkpoint') from None
                 raise
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)   # the reader (head, less) left: no traceback at exit
@@ -230,31 +234,38 @@ else:
     def run_method(args, typed):
         """Data, model, training, measures, pictures: one run from the first byte to metrics.json."""
         import data
+        import distributed
         import nets
         import runs
         import train
-        device = pick_device(args.device)
+        device = distributed.start(pick_device(args.device))
+        first = distributed.rank() == 0
         ds = data.load(args.data, args.limit)
         if getattr(args, 'amp', False) is None:
             args.amp = args.net != 'fc' and train.amp_by_default(device)
-        config = runs.describe(vars(args), ds, device)
-        run = runs.Run(Path('runs') / args.name, config, typed, args.resume, args.overwrite)
-        args = argparse.Namespace(**run.config['args'])
-        if run.finished:
+        folder, config = Path('runs') / args.name, runs.describe(vars(args), ds, device)
+        run = runs.Run(folder, config, typed, args.resume, args.overwrite) if first else runs.Silent(folder)
+        resolved, finished = distributed.from_first((run.config['args'], run.finished) if first else None)
+        args = argparse.Namespace(**resolved)
+        if finished:
             print(f'{run.folder} is already finished; --evaluate {run.folder} measures it again')
             return
         train_ids, val_ids = data.split(len(ds.x_train), args.val, args.seed)
         model, seconds = model_of(args, ds.shape, device), 0.0
-        if model:
-            print(f'{run.folder}: {args.method}, {args.net} encoder, {nets.size(model):,} parameters on {device}'
+        if model and first:
+            where = f'{distributed.world()} x {device}' if distributed.world() > 1 else device
+            print(f'{run.folder}: {args.method}, {args.net} encoder, {nets.size(model):,} parameters on {where}'
                   f'{" in bfloat16" if args.amp else ""}; {len(train_ids):,} pictures {ds.shape}', flush=True)
         if 'epochs' in args:
+            x_train, x_val = ds.x_train[train_ids].to(device), ds.x_train[val_ids].to(device)
             seconds = train.fit(
-                model, objective_of(args), ds.x_train[train_ids].to(device), ds.x_train[val_ids].to(device), run,
+                distributed.sync_batchnorm(model), objective_of(args), x_train, x_val, run,
                 epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
                 warmup=args.warmup, schedule=args.schedule, patience=getattr(args, 'patience', 0),
                 min_delta=getattr(args, 'min_delta', 0.0), seed=args.seed, amp=args.amp, save_every=args.save_every)
-        finish(run, args, ds, model, device, seconds)
+        if first:
+            finish(run, args, ds, model, device, seconds)
+        distributed.stop()
 
     def pick_device(name):
         """torch.device for --device, or the best there is; ValueError if it can't be used."""

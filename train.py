@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 import data
+import distributed
 import evaluate
 import losses
 from runs import Progress, clock
@@ -35,9 +36,9 @@ def variational(model, x, g, beta=1.0, likelihood='bernoulli'):
 
 
 def contrastive(model, x, g, tau=0.2, views=None):
-    """NT-Xent of two views of each picture; one forward pass for both."""
-    z1, z2 = model(data.augment(torch.cat([x, x]), views, g)).chunk(2)
-    return losses.nt_xent(z1, z2, tau), {'chance': x.new_tensor(math.log(max(1, 2 * len(x) - 1)))}
+    """NT-Xent of two views of each picture; one forward pass for both. Negatives come from all processes."""
+    z1, z2 = map(distributed.gather, model(data.augment(torch.cat([x, x]), views, g)).chunk(2))
+    return losses.nt_xent(z1, z2, tau), {'chance': x.new_tensor(math.log(max(1, 2 * len(z1) - 1)))}
 
 
 # ------------------------------------------------------------------------------------- precision
@@ -110,7 +111,7 @@ def fit(model, objective, x, x_val, run, *, epochs, batch_size, lr, weight_decay
     steps = data.steps_per_epoch(len(x), batch_size)
     state = {'epoch': 1, 'step': 0, 'total': torch.zeros((), device=x.device), 'best': math.inf, 'bad': 0,
              'seconds': 0.0}
-    if saved := run.load():
+    if saved := distributed.from_first(run.load()):
         model.load_state_dict(saved.pop('model'))
         opt.load_state_dict(saved.pop('optimizer'))
         state = {**saved, 'total': saved['total'].to(x.device)}
@@ -127,14 +128,15 @@ def fit(model, objective, x, x_val, run, *, epochs, batch_size, lr, weight_decay
         while state['epoch'] <= epochs and not (patience and state['bad'] >= patience):
             epoch, model = state['epoch'], model.train()
             started, first = time.monotonic(), state['step']
-            for step, batch in data.batches(x, batch_size, seed, epoch, first):
+            for step, batch in data.batches(x, batch_size, seed, epoch, first, distributed.share):
                 scale = lr_scale((epoch - 1) * steps + step, epochs * steps, warmup * steps, schedule)
                 for group in opt.param_groups:
                     group['lr'] = lr * scale
                 with autocast(x.device, amp):
-                    loss, _ = objective(model, batch, data.generator(x.device, seed, epoch, step))
+                    loss, _ = objective(model, batch, data.generator(x.device, seed, epoch, step, distributed.rank()))
                 opt.zero_grad(set_to_none=True)
                 loss.backward()
+                distributed.average_gradients(model)
                 opt.step()
                 state['total'] += loss.detach()
                 state['step'] = step + 1
@@ -148,7 +150,7 @@ def fit(model, objective, x, x_val, run, *, epochs, batch_size, lr, weight_decay
                     saved_at = time.monotonic()
                 if stop:
                     raise Stopped(f'stopped at epoch {epoch}, step {step + 1} of {steps}')
-            row = {'epoch': epoch, 'loss': state['total'].item() / steps, 'lr': lr * scale,
+            row = {'epoch': epoch, 'loss': distributed.mean(state['total']).item() / steps, 'lr': lr * scale,
                    **validate(model, objective, x_val, batch_size, seed, amp),
                    'images_per_s': round((steps - first) / steps * len(x) / (time.monotonic() - started), 1),
                    'seconds': round(time.monotonic() - began, 2)}

@@ -1,0 +1,122 @@
+"""Several processes as one: torchrun starts them, torch.distributed joins them.
+
+Alone, every function here returns what it was given. With W processes each takes its share of every
+batch, gradients are averaged, BatchNorm and NT-Xent see the whole batch, and only rank 0 writes files:
+W processes with B / W pictures each make the step that one makes with B. Batch sizes are always those of
+all processes together, so a run can be resumed with another number of them.
+"""
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+def start(device):
+    """Join the processes that torchrun started; returns this one's device."""
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized():
+        if device.type == 'cuda':
+            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+            torch.cuda.set_device(device)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    return device
+
+
+def stop():
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world():
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(ids):
+    """This process's equal share of a batch's ids; up to W - 1 at the end of the batch are left out."""
+    return ids[:len(ids) // world() * world()].chunk(world())[rank()] if world() > 1 else ids
+
+
+def from_first(value):
+    """The value that rank 0 has, of plain types and CPU tensors, on every rank."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+class Sum(torch.autograd.Function):
+    """Sum of a tensor over the processes; the gradient is summed over them too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    backward = staticmethod(lambda ctx, grad: Sum.forward(ctx, grad.contiguous()))
+
+
+def gather(z):
+    """Rows of all processes, (B, D) -> (W B, D), each with its gradient; as it is where gradients are off."""
+    if world() == 1 or not torch.is_grad_enabled():
+        return z
+    rows = [z if r == rank() else torch.zeros_like(z) for r in range(world())]
+    return Sum.apply(torch.cat(rows))
+
+
+def mean(value):
+    """Mean of a detached tensor over the processes."""
+    if world() > 1:
+        dist.all_reduce(value)
+        value /= world()
+    return value
+
+
+def average_gradients(model):
+    """Replace every gradient by its mean over the processes, in one message."""
+    if world() > 1:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = mean(torch.cat([g.flatten() for g in grads]))
+        for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g))
+
+
+def sync_batchnorm(model):
+    """Let every BatchNorm of the model use the statistics of the whole batch; returns the model."""
+    if world() > 1:
+        for m in model.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.__class__ = SyncBatchNorm
+    return model
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm whose mean and variance are those of all processes' rows, with gradients through both.
+
+    torch's own runs on CUDA only. Statistics are float32, as sums of x and x^2.
+    """
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        dims, v = [d for d in range(x.ndim) if d != 1], x.float()
+        n = x.numel() // x.shape[1] * world()
+        mean, square = Sum.apply(torch.stack([v.sum(dims), v.square().sum(dims)])).div(n)
+        var = square - mean.square()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        return (v * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
