@@ -215,15 +215,12 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
 
 
-def batches(x, batch_size, seed, epoch, start=0, share=lambda ids: ids):
-    """Yield (step, pictures) of one shuffled pass over x (N, C, H, W) uint8, from step `start` on.
-
-    share(ids) picks this process's part of each batch.
-    """
-    order = torch.randperm(len(x), generator=generator(x.device, seed, epoch, 'order'), device=x.device)
-    steps = steps_per_epoch(len(x), batch_size)
+def batches(n, batch_size, seed, epoch, start=0, device='cpu'):
+    """Yield (step, ids) of one shuffled pass over n pictures, from step `start` on; ids on the device."""
+    order = torch.randperm(n, generator=generator(device, seed, epoch, 'order'), device=device)
+    steps = steps_per_epoch(n, batch_size)
     for step in range(start, steps):
-        yield step, to_float(x[share(order[len(x) * step // steps:len(x) * (step + 1) // steps])])
+        yield step, order[n * step // steps:n * (step + 1) // steps]
 
 
 def steps_per_epoch(n, batch_size):

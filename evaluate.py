@@ -105,6 +105,15 @@ def kmeans(x, k, restarts=10, iterations=100, tol=1e-4, seed=0, centres=None):
     return best
 
 
+def medoids(x, centres):
+    """Row of x nearest to its centre in each cluster that has rows: ids (k or fewer,) int64."""
+    index, dist = nearest(x, centres)
+    order = dist.argsort()
+    order = order[index[order].argsort(stable=True)]                         # by cluster, then by distance
+    cluster = index[order]
+    return order[torch.cat([cluster.new_ones(1, dtype=torch.bool), cluster[1:] != cluster[:-1]])]
+
+
 def _kmeans_plus_plus(x, k, g):
     """k rows of x, each drawn with probability proportional to its squared distance from those before."""
     first = torch.randint(len(x), (1,), generator=g, device=x.device)
@@ -328,9 +337,24 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_shar
     a = torch.randperm(len(y_train), generator=data.generator('cpu', seed, 'probe'))[:n - n // 6].to(device)
     b = torch.arange(0 if not use_test else min(n // 6, len(y_val)), device=device)
     pred, l2 = linear_probe(h_train[a], y_train[a], h_val[b], y_val[b], h)
-    table = confusion_matrix(pred, y, K)
     return {**out, 'probe': (pred == y).float().mean().item(), 'probe_labels': len(a) + len(b), 'probe_l2': l2,
-            'f1': f1(table).tolist(), 'confusion': table.tolist()}
+            **by_class(pred, y, K)}
+
+
+def by_class(pred, y, K):
+    """{'f1', 'confusion'} of predictions, as lists for metrics.json."""
+    table = confusion_matrix(pred, y, K)
+    return {'f1': f1(table).tolist(), 'confusion': table.tolist()}
+
+
+@torch.no_grad()
+def measure_classifier(ds, logits, device='cpu'):
+    """Accuracy, F1 and confusion of logits(x) on the test set, as a dict for metrics.json; read once."""
+    if ds.x_test is None or ds.y_test is None:
+        return {'left_out': ['accuracy: there is no labelled test set']}
+    pred, y = in_chunks(logits, ds.x_test.to(device)).argmax(1), ds.y_test.to(device)
+    return {'split': 'test', 'n': len(y), 'left_out': [], 'accuracy': (pred == y).float().mean().item(),
+            **by_class(pred, y, len(ds.classes))}
 
 
 def _take(y, ids):

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 
 def in_float32(loss):
     """Decorator: run a loss with autocast off and its tensors as float32 (half precision rounds too much)."""
+    def up(a):
+        return a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
     @functools.wraps(loss)
     def wrapped(x, *args, **kwargs):
         kind = x.device.type
         off = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
         with off:
-            return loss(x.float(), *(a.float() if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+            return loss(up(x), *map(up, args), **kwargs)
     return wrapped
 
 
@@ -46,6 +48,12 @@ def elbo(logits, x, mu, logvar, beta=1.0, likelihood='bernoulli'):
     recon = nll.flatten(1).sum(1).mean()
     kl = kl_normal(mu, logvar).sum(1).mean()
     return recon + beta * kl, recon, kl
+
+
+@in_float32
+def cross_entropy(logits, y):
+    """Mean over the batch of -log softmax(logits)[y], in nats: logits (B, K), y (B,) int64."""
+    return F.cross_entropy(logits, y)
 
 
 @in_float32

@@ -177,6 +177,46 @@ class SimCLR(nn.Module):
         return self.head(self.encoder(x))
 
 
+class Mean(nn.Module):
+    """The mean half of a variational encoder's output, as an encoder."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.dim = encoder, encoder.dim // 2
+
+    def forward(self, x):
+        return self.encoder(x)[:, :self.dim]
+
+
+class Classifier(nn.Module):
+    """Encoder and a linear or two-layer head: pictures -> logits (B, K).
+
+    Frozen, the encoder gets no gradient and stays in eval mode, so that its BatchNorm buffers keep every bit.
+    """
+
+    def __init__(self, encoder, K, head='linear', frozen=False):
+        super().__init__()
+        self.encoder, self.frozen, D = encoder.requires_grad_(not frozen), frozen, encoder.dim
+        hidden = [nn.Linear(D, D, bias=False), nn.BatchNorm1d(D), nn.ReLU()] if head == 'mlp' else []
+        self.head = nn.Sequential(*hidden, nn.Linear(D, K))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.encoder.train(mode and not self.frozen)
+        return self
+
+    def encode(self, x):
+        return self.encoder(x)
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+
+def encoder_of(model):
+    """What a classifier takes over from a pretrained model: the encoder up to the features it is judged by."""
+    return Mean(model.encoder) if isinstance(model, VAE) else model.encoder
+
+
 def build(method, net, shape, width=1.0, latent=64):
     """The model that `method` trains, on pictures of `shape` (C, H, W)."""
     if method == 'ae':

@@ -37,7 +37,13 @@ def sheet(*rows, gap=2, zoom=2):
 
 def describe(metrics):
     """metrics.json as lines of text: each measure with the convention it follows."""
-    m, on = metrics, f'{metrics["n"]:,} {metrics["split"]} pictures'
+    m = metrics
+    if 'accuracy' in m:
+        return (f'accuracy {m["accuracy"]:.2%} on {m["n"]:,} {m["split"]} pictures, from {m["labels"]:,} labels; '
+                f'F1 by class {" ".join(f"{v:.2f}" for v in m["f1"])}')
+    if 'n' not in m:
+        return f'left out: {", ".join(m["left_out"])}'
+    on = f'{m["n"]:,} {m["split"]} pictures'
     lines = [f'measured on {on}, features of {m["features"]} (effective rank {m["effective_rank"]:.1f}, '
              f'mean std {m["feature_std"]:.3f})']
     if 'mse' in m:
@@ -58,7 +64,8 @@ def describe(metrics):
     return '\n'.join(lines)
 
 
-COLUMNS = [('epochs', 'epochs', '{:.0f}'), ('seconds', 'seconds', '{:.0f}'), ('mse', 'MSE', '{:.4f}'),
+COLUMNS = [('epochs', 'epochs', '{:.0f}'), ('seconds', 'seconds', '{:.0f}'), ('labels', 'labels', '{:.0f}'),
+           ('accuracy', 'accuracy', '{:.1%}'), ('mse', 'MSE', '{:.4f}'),
            ('ssim', 'SSIM', '{:.3f}'), ('knn', 'kNN', '{:.1%}'), ('probe', 'probe', '{:.1%}'),
            ('kmeans_acc', 'k-means ACC', '{:.3f}'), ('kmeans_nmi', 'NMI', '{:.3f}')]
 
@@ -73,11 +80,12 @@ def compare(folders):
         if config['args']['seed'] in [c['args']['seed'] for c, _, _ in groups.get(key, [])]:
             key += str(folder)                                              # the same run twice is no spread
         groups.setdefault(key, []).append((config, metrics, folder.name))
-    lines = [['method', 'seeds'] + [title for _, title, _ in COLUMNS]]
+    columns = [c for c in COLUMNS if any(m and m.get(c[0]) is not None for g in groups.values() for _, m, _ in g)]
+    lines = [['method', 'seeds'] + [title for _, title, _ in columns]]
     for group in groups.values():
         done = [m for _, m, _ in group if m]
         name = group[0][2] if len(group) == 1 else group[0][2].replace(f'-seed={group[0][0]["args"]["seed"]}', '')
-        lines.append([name, str(len(done))] + [_cell([m.get(key) for m in done], form) for key, _, form in COLUMNS])
+        lines.append([name, str(len(done))] + [_cell([m.get(key) for m in done], form) for key, _, form in columns])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return '\n'.join('  '.join(cell.ljust(w) if i == 0 else cell.rjust(w)
                                for i, (cell, w) in enumerate(zip(line, widths))) for line in lines)

@@ -113,7 +113,7 @@ class Run:
         if exists and resume:
             config = self._merge(read_config(self.folder), config, typed)
         else:
-            for old in ('log.jsonl', 'metrics.json', 'checkpoint.pt', 'checkpoint.previous.pt'):
+            for old in ('log.jsonl', 'metrics.json', 'checkpoint.pt', 'checkpoint.previous.pt', 'labels.sqlite'):
                 (self.folder / old).unlink(missing_ok=True)
         self.config = config
         write_json(self.folder / 'config.json', config)
@@ -166,20 +166,22 @@ class Run:
         os.replace(new, path)
 
     def load(self):
-        """Newest whole checkpoint or None; a damaged one is named and the one before it taken."""
-        damaged = None
-        for name in ('checkpoint.pt', 'checkpoint.previous.pt'):
-            if (self.folder / name).exists():
-                try:
-                    state = load_checkpoint(self.folder / name)
-                except ValueError as e:
-                    damaged = e
-                    print(f'{e}; trying the one before it', file=sys.stderr)
-                else:
-                    return state
-        if damaged:
-            raise ValueError(f'{damaged}, and no whole one is left; start again with --overwrite')
-        return None
+        return newest_checkpoint(self.folder)
+
+
+def newest_checkpoint(folder):
+    """State of the newest whole checkpoint or None; a damaged one is named and the one before it taken."""
+    damaged = None
+    for path in (Path(folder) / 'checkpoint.pt', Path(folder) / 'checkpoint.previous.pt'):
+        if path.exists():
+            try:
+                return load_checkpoint(path)
+            except ValueError as e:
+                damaged = e
+                print(f'{e}; trying the one before it', file=sys.stderr)
+    if damaged:
+        raise ValueError(f'{damaged}, and no whole one is left; start again with --overwrite')
+    return None
 
 
 class Silent:
@@ -246,7 +248,8 @@ def read_log(folder):
 
 def default_name(method, deviations):
     """simclr-tau=0.5-seed=1: the method and what was typed differently from its defaults."""
-    parts = [method] + [f'{k.replace("_", "-")}={v}' for k, v in deviations.items()]
+    parts = [method] + [f'{k.replace("_", "-")}={v:g}' if isinstance(v, float) else f'{k.replace("_", "-")}={v}'
+                        for k, v in deviations.items()]
     return re.sub(r'[^\w.=+-]+', '_', '-'.join(parts))[:150]
 
 

@@ -18,33 +18,40 @@ else:
     # Defaults that depend on the method; a method that is missing in a row does not take the flag.
     NETS = ('ae', 'conv', 'vae', 'simclr')
     PER_METHOD = {
-        'net': dict(ae='fc', conv='resnet', vae='resnet', simclr='resnet', random='resnet'),
-        'width': dict(ae=1.0, conv=0.5, vae=0.5, simclr=1.0, random=1.0),
+        'net': dict(ae='fc', conv='resnet', vae='resnet', simclr='resnet', random='resnet', classify='resnet'),
+        'width': dict(ae=1.0, conv=0.5, vae=0.5, simclr=1.0, random=1.0, classify=1.0),
         'latent': dict(ae=64, conv=64, vae=64, pca=64),
-        'epochs': dict(ae=5, conv=5, vae=5, simclr=7),
-        'batch_size': dict(ae=128, conv=128, vae=128, simclr=512),
-        'lr': dict(ae=1e-3, conv=2e-3, vae=2e-3, simclr=4e-3),
-        'weight_decay': dict(ae=0.0, conv=0.0, vae=0.0, simclr=1e-4),
-        'warmup': dict(ae=0.0, conv=0.5, vae=0.5, simclr=0.5),
-        'schedule': dict(ae='constant', conv='cosine', vae='cosine', simclr='cosine'),
+        'epochs': dict(ae=5, conv=5, vae=5, simclr=7, classify=20),
+        'batch_size': dict(ae=128, conv=128, vae=128, simclr=512, classify=128),
+        'lr': dict(ae=1e-3, conv=2e-3, vae=2e-3, simclr=4e-3, classify=1e-3),
+        'weight_decay': dict(ae=0.0, conv=0.0, vae=0.0, simclr=1e-4, classify=5e-4),
+        'warmup': dict(ae=0.0, conv=0.5, vae=0.5, simclr=0.5, classify=1.0),
+        'schedule': dict(ae='constant', conv='cosine', vae='cosine', simclr='cosine', classify='cosine'),
         'patience': dict(ae=5, conv=5, vae=5),
         'min_delta': dict(ae=0.001, conv=0.0, vae=0.0),
-        'noise': dict(ae=0.0, conv=0.0, simclr=0.0),
+        'noise': dict(ae=0.0, conv=0.0, simclr=0.0, classify=0.0),
         'beta': dict(vae=1.0),
         'likelihood': dict(vae='bernoulli'),
         'tau': dict(simclr=0.2),
-        'crop': dict(simclr=0.3),
-        'flip': dict(simclr=True),
-        'rotate': dict(simclr=10.0),
-        'jitter': dict(simclr=0.4),
-        'blur': dict(simclr=0.0),
-        'cutout': dict(simclr=0.0),
-        'amp': dict.fromkeys(NETS + ('random',)),
-        'save_every': dict.fromkeys(NETS, 60.0),
+        'crop': dict(simclr=0.3, classify=0.7),
+        'flip': dict(simclr=True, classify=True),
+        'rotate': dict(simclr=10.0, classify=5.0),
+        'jitter': dict(simclr=0.4, classify=0.2),
+        'blur': dict(simclr=0.0, classify=0.0),
+        'cutout': dict(simclr=0.0, classify=0.3),
+        'amp': dict.fromkeys(NETS + ('random', 'classify')),
+        'save_every': dict.fromkeys(NETS + ('classify',), 60.0),
+        'encoder': dict(classify=None),
+        'labels': dict(classify=0.1),
+        'pick': dict(classify='random'),
+        'freeze': dict(classify=False),
+        'head': dict(classify='linear'),
+        'mixup': dict(classify=0.2),
     }
     METHODS = {'ae': 'fully connected autoencoder', 'conv': 'convolutional residual autoencoder',
                'vae': 'variational autoencoder', 'simclr': 'contrastive learning',
-               'random': 'untrained encoder', 'pixels': 'raw pixels', 'pca': 'principal components'}
+               'classify': 'classifier from few labels', 'random': 'untrained encoder', 'pixels': 'raw pixels',
+               'pca': 'principal components'}
     EPILOG = """examples, with what two CPU cores gave on Fashion-MNIST:
   python ssl.py --method ae                      5 epochs in about 10 s
   python ssl.py --method simclr --tau 0.5        another temperature, kept as runs/simclr-tau=0.5
@@ -90,7 +97,7 @@ else:
         def flag(group, name, help, default=None, **kwargs):
             """Add a flag; its help ends with its default, taken from where the default is kept."""
             per = PER_METHOD.get(name.strip('-').replace('-', '_'))
-            if per:
+            if per and next(iter(per.values())) is not None:
                 values = set(map(str, per.values()))
                 one = next(iter(per.values()))
                 default = one if len(values) == 1 and set(per) >= set(NETS) else ', '.join(
@@ -147,6 +154,17 @@ else:
              metavar='NAME')
         flag(g, '--tau', 'temperature of NT-Xent', type=number(float, 0.001, 100), metavar='T')
 
+        g = p.add_argument_group('few labels')
+        flag(g, '--encoder', 'run folder whose encoder to start from; without it from scratch', metavar='RUN')
+        flag(g, '--labels', 'how many labels to pay for, or below 1 their share',
+             type=number(float, 0, 1e9, above=True), metavar='N')
+        flag(g, '--pick', 'which: random, coverage (k-means medoids of the encoder\'s features) or balanced (as many '
+             'of each class, for comparison with benchmarks: it looks at labels nobody paid for)',
+             type=choice('random', 'coverage', 'balanced'))
+        flag(g, '--freeze', 'train only the head; the encoder keeps every bit', action=argparse.BooleanOptionalAction)
+        flag(g, '--head', 'linear, or mlp of two layers', type=choice('linear', 'mlp'))
+        flag(g, '--mixup', 'alpha of mixup; 0 is none', type=number(float, 0, 100), metavar='ALPHA')
+
         g = p.add_argument_group('views')
         flag(g, '--crop', 'smallest share of the area a crop keeps; 1 is no crop', type=number(float, 0.01, 1),
              metavar='X')
@@ -170,6 +188,8 @@ else:
         method = typed.get('method', 'simclr' if 'show_views' in typed else None)
         if method is None and not {'evaluate', 'compare', 'fetch'} & set(typed):
             parser.error('say what to do, for instance: python ssl.py --method simclr (--help lists the rest)')
+        for key in {'net', 'width'} & set(typed) if 'encoder' in typed else ():
+            parser.error(f'--{key} is that of the --encoder run; leave it out')
         for key in typed:
             if method and key in PER_METHOD and method not in PER_METHOD[key]:
                 parser.error(f'--{key.replace("_", "-")} does nothing for --method {method}; '
@@ -207,7 +227,7 @@ else:
                 else:
                     if args.name is None:
                         args.name = runs.default_name(args.method, {
-                            k: Path(v).stem if k == 'data' else v for k, v in typed.items()
+                            k: Path(v).stem if k in ('data', 'encoder') else v for k, v in typed.items()
                             if k not in runs.FREE | {'method'} and v != defaults[k]})
                     run_method(args, typed)
                 return 0
@@ -232,10 +252,9 @@ else:
             return 130
 
     def run_method(args, typed):
-        """Data, model, training, measures, pictures: one run from the first byte to metrics.json."""
+        """One run from the first byte to metrics.json: data, model, training, measures, pictures."""
         import data
         import distributed
-        import nets
         import runs
         import train
         device = distributed.start(pick_device(args.device))
@@ -249,23 +268,83 @@ else:
         args = argparse.Namespace(**resolved)
         if finished:
             print(f'{run.folder} is already finished; --evaluate {run.folder} measures it again')
-            return
+        else:
+            (classify if args.method == 'classify' else represent)(run, args, ds, device)
+        distributed.stop()
+
+    def represent(run, args, ds, device):
+        """Learn a representation from pictures alone, then measure it."""
+        import data
+        import distributed
         train_ids, val_ids = data.split(len(ds.x_train), args.val, args.seed)
         model, seconds = model_of(args, ds.shape, device), 0.0
-        if model and first:
-            where = f'{distributed.world()} x {device}' if distributed.world() > 1 else device
-            print(f'{run.folder}: {args.method}, {args.net} encoder, {nets.size(model):,} parameters on {where}'
-                  f'{" in bfloat16" if args.amp else ""}; {len(train_ids):,} pictures {ds.shape}', flush=True)
         if 'epochs' in args:
-            x_train, x_val = ds.x_train[train_ids].to(device), ds.x_train[val_ids].to(device)
-            seconds = train.fit(
-                distributed.sync_batchnorm(model), objective_of(args), x_train, x_val, run,
-                epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
-                warmup=args.warmup, schedule=args.schedule, patience=getattr(args, 'patience', 0),
-                min_delta=getattr(args, 'min_delta', 0.0), seed=args.seed, amp=args.amp, save_every=args.save_every)
-        if first:
+            x, x_val = ds.x_train[train_ids].to(device), ds.x_train[val_ids].to(device)
+            seconds = train_model(run, args, model, objective_of(args), x, x_val)
+        if distributed.rank() == 0:
             finish(run, args, ds, model, device, seconds)
-        distributed.stop()
+
+    def classify(run, args, ds, device):
+        """Pay for labels, learn a classifier from those pictures alone, and score it on the test set."""
+        import distributed
+        import labels
+        if ds.y_train is None:
+            raise ValueError('--method classify needs labels, and the data has no y_train')
+        n = round(args.labels * len(ds.x_train)) if args.labels < 1 else int(args.labels)
+        if not len(ds.classes) <= n <= len(ds.x_train):
+            raise ValueError(f'--labels {args.labels:g} asks for {n:,} labels; wanted from {len(ds.classes)}, the '
+                             f'number of classes, to {len(ds.x_train):,}, the number of pictures')
+        model = classifier_of(args, ds, device)
+        if distributed.rank() == 0:
+            oracle = ds.y_train.__getitem__
+            paid = labels.LabelDatabase(run.folder / 'labels.sqlite', oracle, n, ds.digest)
+            if paid.spent < n:                                             # not resumed: choose, then pay
+                paid.reveal(pick(args, ds, model, n, device))
+            chosen = paid.revealed()
+        ids, y = distributed.from_first(chosen if distributed.rank() == 0 else None)
+        repeat = -(-6000 // n)                                             # an epoch is 6,000 pictures or more
+        seconds = train_model(run, args, model, objective_of(args), ds.x_train[ids].repeat(repeat, 1, 1, 1).to(device),
+                              y=y.repeat(repeat).to(device))
+        if distributed.rank() == 0:
+            score(run, args, ds, model, device, seconds)
+
+    def score(run, args, ds, model, device, seconds):
+        """Measure a classifier on the test set, once, and write metrics.json."""
+        import evaluate
+        import labels
+        began, logits = time.monotonic(), representation(args, model, None, device, model.forward)[0]
+        paid = labels.LabelDatabase(run.folder / 'labels.sqlite', None, 0, ds.digest)
+        metrics = {'labels': paid.spent, **evaluate.measure_classifier(ds, logits, device)}
+        complete(run, args, metrics, seconds, began)
+
+    def train_model(run, args, model, objective, x, x_val=None, y=None):
+        """train.fit with the flags filled in; says first what is trained on what."""
+        import distributed
+        import nets
+        import train
+        if distributed.rank() == 0:
+            where = f'{distributed.world()} x {x.device}' if distributed.world() > 1 else x.device
+            print(f'{run.folder}: {args.method}, {nets.size(model):,} parameters on {where}'
+                  f'{" in bfloat16" if args.amp else ""}; {len(x):,} pictures {tuple(x.shape[1:])}', flush=True)
+        return train.fit(
+            distributed.sync_batchnorm(model), objective, x, x_val, run, y=y, epochs=args.epochs,
+            batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay, warmup=args.warmup,
+            schedule=args.schedule, patience=getattr(args, 'patience', 0), min_delta=getattr(args, 'min_delta', 0.0),
+            seed=args.seed, amp=args.amp, save_every=args.save_every)
+
+    def pick(args, ds, model, n, device):
+        """Ids (n,) of the pictures whose labels are asked for, by --pick."""
+        import torch
+
+        import evaluate
+        import labels
+        if args.pick == 'balanced':
+            return labels.pick_balanced(n, ds.y_train, args.seed)
+        if args.pick == 'coverage':
+            encode = representation(args, model, None, device)[0]
+            h = evaluate.in_chunks(encode, ds.x_train.to(device))
+            return labels.pick_coverage(n, torch.nn.functional.normalize(h, dim=1), args.seed)
+        return labels.pick_random(n, len(ds.x_train), args.seed)
 
     def pick_device(name):
         """torch.device for --device, or the best there is; ValueError if it can't be used."""
@@ -292,6 +371,8 @@ else:
             return partial(train.variational, beta=args.beta, likelihood=args.likelihood)
         if args.method == 'simclr':
             return partial(train.contrastive, tau=args.tau, views=views_of(args))
+        if args.method == 'classify':
+            return partial(train.classification, views=views_of(args), mixup=args.mixup)
         return partial(train.autoencoding, noise=args.noise)
 
     def model_of(args, shape, device):
@@ -299,14 +380,52 @@ else:
         import torch
 
         import nets
-        if 'net' not in args:
+        if args.method not in ('ae', 'conv', 'vae', 'simclr', 'random'):
             return None
         torch.manual_seed(args.seed)
         model = nets.build(args.method, args.net, shape, args.width, getattr(args, 'latent', None))
         return model.to(device, memory_format=torch.channels_last)
 
-    def representation(args, model, x_train, device):
-        """(encode, reconstruct or None): float pictures (B, C, H, W) to features (B, D), and to themselves."""
+    def classifier_of(args, ds, device):
+        """A classifier on the encoder of the run --encoder, or on a fresh one without it."""
+        import torch
+
+        import nets
+        import runs
+        torch.manual_seed(args.seed)
+        if args.encoder is None:
+            encoder = nets.Encoder(args.net, ds.shape, args.width)
+        else:
+            config = runs.read_config(args.encoder)
+            if tuple(config['data']['shape']) != ds.shape:
+                raise ValueError(f'--encoder {args.encoder} was trained on pictures {tuple(config["data"]["shape"])}, '
+                                 f'and the data has {ds.shape}')
+            encoder = nets.encoder_of(load_model(Path(args.encoder), config, torch.device('cpu')))
+            torch.manual_seed(args.seed)                                   # the same head, whatever the encoder
+        model = nets.Classifier(encoder, len(ds.classes), args.head, args.freeze)
+        return model.to(device, memory_format=torch.channels_last)
+
+    def load_model(folder, config, device):
+        """The network of a run folder, as trained."""
+        model = model_of(argparse.Namespace(**config['args']), config['data']['shape'], device)
+        if model is None:
+            raise ValueError(f'{folder} holds no encoder: it is a run of --method {config["args"]["method"]}')
+        return load_weights(model, folder) if 'epochs' in config['args'] else model
+
+    def load_weights(model, folder):
+        """The model with the weights of the folder's newest whole checkpoint."""
+        import runs
+        state = runs.newest_checkpoint(folder)
+        if state is None:
+            raise ValueError(f'{folder} has no checkpoint yet; train it first')
+        model.load_state_dict(state['model'])
+        return model
+
+    def representation(args, model, x_train, device, forward=None):
+        """(encode, reconstruct or None): float pictures (B, C, H, W) to features (B, D), and to themselves.
+
+        forward stands in for model.encode, to get a classifier's logits the same way.
+        """
         import data
         import evaluate
         import train
@@ -319,14 +438,14 @@ else:
         model.eval()
         def encode(x):
             with train.autocast(device, args.amp):
-                return model.encode(x).float()
+                return (forward or model.encode)(x).float()
         def reconstruct(x):
             with train.autocast(device, args.amp):
                 return model.decode(model.encode(x)).float()
         return encode, reconstruct if hasattr(model, 'decode') else None
 
     def evaluate_again(folder, device):
-        """Load a run's checkpoint and write its measures and pictures anew."""
+        """Load a finished run's checkpoint and write its measures and pictures anew."""
         import data
         import runs
         config = runs.read_config(folder)
@@ -335,15 +454,16 @@ else:
         ds = data.load(args.data, args.limit)
         if ds.digest != config['data']['digest']:
             raise ValueError(f'{folder} was made from other data than {args.data or "Fashion-MNIST here"}')
-        if not (folder / 'metrics.json').exists():
-            raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
         run = runs.Run(folder, config, resume=True)
-        model, state = model_of(args, ds.shape, device), run.load()
-        if state:
-            model.load_state_dict(state['model'])
-        elif 'epochs' in args:
-            raise ValueError(f'{folder} has lost its checkpoint.pt; train it again with --overwrite')
-        finish(run, args, ds, model, device, state['seconds'] if state else 0.0)
+        if not run.finished:
+            raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
+        seconds = runs.read_json(folder / 'metrics.json').get('seconds') or 0.0
+        if args.method == 'classify':
+            score(run, args, ds, load_weights(classifier_of(args, ds, device), folder), device, seconds)
+        elif 'net' in args:
+            finish(run, args, ds, load_model(folder, config, device), device, seconds)
+        else:
+            finish(run, args, ds, None, device, seconds)
 
     def finish(run, args, ds, model, device, seconds):
         """Pictures, then every measure (the test set is read here, once), then metrics.json."""
@@ -371,15 +491,17 @@ else:
                 report.write_png(run.folder / 'interpolation.png', report.sheet(*rows))
         if args.method == 'simclr':
             write_views(run.folder / 'views.png', few, views_of(args), args.seed)
-        metrics.update(method=args.method, epochs=epochs_done(run.folder), seconds=round(seconds, 1),
+        complete(run, args, metrics, seconds, began)
+
+    def complete(run, args, metrics, seconds, began):
+        """Write metrics.json, which makes the run a finished one, and say what it holds."""
+        import report
+        import runs
+        rows = runs.read_log(run.folder)
+        metrics.update(method=args.method, epochs=rows[-1]['epoch'] if rows else None, seconds=round(seconds, 1),
                        measuring_seconds=round(time.monotonic() - began, 1))
         run.write_metrics(metrics)
         print(report.describe(metrics), f'-> {run.folder}', sep='\n')
-
-    def epochs_done(folder):
-        import runs
-        rows = runs.read_log(folder)
-        return rows[-1]['epoch'] if rows else None
 
     def write_views(path, x, views, seed):
         """Originals above two views of each."""

@@ -1,13 +1,15 @@
-"""Training without labels: one loop, and per method the objective that it minimises.
+"""Training: one loop, and per method the objective that it minimises.
 
-The loop sees pictures only, never a label. An objective is a function (model, x, g) -> (loss, parts):
-x (B, C, H, W) float 0..1 on the device, g the generator of this step, parts a dict of 0-d tensors to log.
+An objective is a function (model, x, g) -> (loss, parts): x (B, C, H, W) float 0..1 on the device, g the
+generator of this step, parts a dict of 0-d tensors to log. Learning without labels sees pictures only.
+The classifier's objective is (model, x, y, g): y (B,) are labels that were paid for.
 """
 import math
 import signal
 import time
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 
 import data
@@ -41,6 +43,18 @@ def contrastive(model, x, g, tau=0.2, views=None):
     return losses.nt_xent(z1, z2, tau), {'chance': x.new_tensor(math.log(max(1, 2 * len(z1) - 1)))}
 
 
+def classification(model, x, y, g, views=None, mixup=0.0):
+    """Cross-entropy of a random view; with mixup (arXiv 1710.09412) of pairs of views, mixed by a share
+    drawn from Beta(mixup, mixup) for the whole batch."""
+    x = data.augment(x, views, g)
+    if not mixup:
+        return losses.cross_entropy(model(x), y), {}
+    share = float(np.random.default_rng(g.initial_seed()).beta(mixup, mixup))
+    other = torch.randperm(len(x), generator=g, device=x.device)
+    logits = model(torch.lerp(x[other], x, share))
+    return share * losses.cross_entropy(logits, y) + (1 - share) * losses.cross_entropy(logits, y[other]), {}
+
+
 # ------------------------------------------------------------------------------------- precision
 
 def amp_by_default(device):
@@ -64,8 +78,8 @@ def autocast(device, amp):
 
 def optimizer(model, lr, weight_decay):
     """AdamW; weight decay spares biases and the scales of norms (arXiv 2002.05709, appendix B)."""
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    spare = [p for p in model.parameters() if p.ndim <= 1]
+    learned = [p for p in model.parameters() if p.requires_grad]
+    decay, spare = [p for p in learned if p.ndim > 1], [p for p in learned if p.ndim <= 1]
     fused = decay[0].device.type in ('cuda', 'cpu')
     return torch.optim.AdamW([{'params': decay, 'weight_decay': weight_decay},
                               {'params': spare, 'weight_decay': 0.0}], lr=lr, fused=fused)
@@ -98,9 +112,10 @@ def signals():
 
 # -------------------------------------------------------------------------------------- the loop
 
-def fit(model, objective, x, x_val, run, *, epochs, batch_size, lr, weight_decay=0.0, warmup=0.0,
+def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weight_decay=0.0, warmup=0.0,
         schedule='cosine', patience=0, min_delta=0.0, seed=0, amp=False, save_every=60.0):
-    """Train model on x (N, C, H, W) uint8; returns the seconds it took, over all its sessions.
+    """Train model on x (N, C, H, W) uint8, and labels y (N,) if the objective takes them; returns the
+    seconds it took, over all its sessions. x_val None: no validation, no early stop.
 
     Continues from the run's checkpoint, to the bit, if it has one. Stops early when the validation loss
     has not fallen by min_delta for `patience` epochs (0: never). Raises Stopped after a signal, once
@@ -128,12 +143,14 @@ def fit(model, objective, x, x_val, run, *, epochs, batch_size, lr, weight_decay
         while state['epoch'] <= epochs and not (patience and state['bad'] >= patience):
             epoch, model = state['epoch'], model.train()
             started, first = time.monotonic(), state['step']
-            for step, batch in data.batches(x, batch_size, seed, epoch, first, distributed.share):
+            for step, ids in data.batches(len(x), batch_size, seed, epoch, first, x.device):
+                ids = distributed.share(ids)
+                batch = (data.to_float(x[ids]),) if y is None else (data.to_float(x[ids]), y[ids])
                 scale = lr_scale((epoch - 1) * steps + step, epochs * steps, warmup * steps, schedule)
                 for group in opt.param_groups:
                     group['lr'] = lr * scale
                 with autocast(x.device, amp):
-                    loss, _ = objective(model, batch, data.generator(x.device, seed, epoch, step, distributed.rank()))
+                    loss, _ = objective(model, *batch, data.generator(x.device, seed, epoch, step, distributed.rank()))
                 opt.zero_grad(set_to_none=True)
                 loss.backward()
                 distributed.average_gradients(model)
@@ -151,12 +168,12 @@ def fit(model, objective, x, x_val, run, *, epochs, batch_size, lr, weight_decay
                 if stop:
                     raise Stopped(f'stopped at epoch {epoch}, step {step + 1} of {steps}')
             row = {'epoch': epoch, 'loss': distributed.mean(state['total']).item() / steps, 'lr': lr * scale,
-                   **validate(model, objective, x_val, batch_size, seed, amp),
+                   **({} if x_val is None else validate(model, objective, x_val, batch_size, seed, amp)),
                    'images_per_s': round((steps - first) / steps * len(x) / (time.monotonic() - started), 1),
                    'seconds': round(time.monotonic() - began, 2)}
-            better = row['val_loss'] < state['best'] - min_delta
-            state.update(epoch=epoch + 1, step=0, total=torch.zeros_like(state['total']),
-                         best=row['val_loss'] if better else state['best'], bad=0 if better else state['bad'] + 1)
+            state.update(epoch=epoch + 1, step=0, total=torch.zeros_like(state['total']), bad=state['bad'] + 1)
+            if row.get('val_loss', row['loss']) < state['best'] - min_delta:
+                state.update(best=row.get('val_loss', row['loss']), bad=0)
             run.log(row)
             progress.say(describe(row, epochs))
         save()
@@ -199,8 +216,10 @@ def describe(row, epochs):
     """One epoch as a line; the loss stands beside what chance would give, where that is known."""
     known = {'recon': 'recon {:.1f}', 'kl': 'KL {:.1f}', 'chance': 'chance {:.3f}'}
     extra = ''.join(f'  {form.format(row[key])}' for key, form in known.items() if key in row)
-    line = (f'epoch {row["epoch"]}/{epochs}  loss {row["loss"]:.4f}  val {row["val_loss"]:.4f}{extra}  '
-            f'feature std {row["std"]:.3f}, rank {row["rank"]:.1f}  {row["images_per_s"]:,.0f} images/s')
-    if row['collapsed']:
+    line = f'epoch {row["epoch"]}/{epochs}  loss {row["loss"]:.4f}'
+    if 'val_loss' in row:
+        line += f'  val {row["val_loss"]:.4f}{extra}  feature std {row["std"]:.3f}, rank {row["rank"]:.1f}'
+    line += f'  {row["images_per_s"]:,.0f} images/s'
+    if row.get('collapsed'):
         line += '\nWARNING: the features have collapsed: all pictures look the same to the encoder'
     return line
