@@ -122,7 +122,7 @@ def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weig
     the state is saved, and ValueError when the loss is no longer finite; then the last good checkpoint
     stays. warmup is in epochs.
     """
-    opt = optimizer(model, lr, weight_decay)
+    opt, own = optimizer(model, lr, weight_decay), [distributed.rank()] if distributed.rank() else []
     steps = data.steps_per_epoch(len(x), batch_size)
     state = {'epoch': 1, 'step': 0, 'total': torch.zeros((), device=x.device), 'best': math.inf, 'bad': 0,
              'seconds': 0.0}
@@ -150,7 +150,7 @@ def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weig
                 for group in opt.param_groups:
                     group['lr'] = lr * scale
                 with autocast(x.device, amp):
-                    loss, _ = objective(model, *batch, data.generator(x.device, seed, epoch, step, distributed.rank()))
+                    loss, _ = objective(model, *batch, data.generator(x.device, seed, epoch, step, *own))
                 opt.zero_grad(set_to_none=True)
                 loss.backward()
                 distributed.average_gradients(model)

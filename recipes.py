@@ -1,0 +1,291 @@
+"""The recipes: what each command of ssl.py does, step by step, with the other modules' functions.
+
+Only here and in ssl.py is `args` known, the namespace of all flags; everything below gets plain values.
+"""
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import data
+import distributed
+import evaluate
+import labels
+import nets
+import report
+import runs
+import train
+
+
+def main(args, typed, defaults):
+    """Do what the arguments ask for; returns the exit code. ValueError or OSError for what a user can mend."""
+    try:
+        if 'fetch' in typed:
+            print(f'Fashion-MNIST is in {data.find_fashion_mnist()}')
+        elif 'compare' in typed:
+            folders = args.compare or sorted(p.parent for p in Path('runs').glob('*/metrics.json'))
+            print(report.compare(folders) if folders else 'runs/ holds no finished run yet')
+        elif 'evaluate' in typed:
+            evaluate_again(Path(args.evaluate), args.device)
+        elif 'show_views' in typed:
+            show_views(args)
+        else:
+            if args.name is None:
+                args.name = runs.default_name(args.method, {
+                    k: Path(v).stem if k in ('data', 'encoder') else v for k, v in typed.items()
+                    if k not in runs.FREE | {'method'} and v != defaults[k]})
+            run_method(args, typed)
+    except train.Stopped as e:
+        print(f'{e}; saved. Type the same command with --resume to continue.')
+        return 130
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, MemoryError) or 'memory' in str(e):
+            raise ValueError('out of memory; try a smaller --batch-size, --width or --limit') from None
+        if distributed.world() > 1 and 'peer' in str(e):
+            raise ValueError('another process of the group has ended; --resume continues from the last '
+                             'checkpoint') from None
+        raise
+    return 0
+
+
+def run_method(args, typed):
+    """One run from the first byte to metrics.json: data, model, training, measures, pictures."""
+    device = distributed.start(pick_device(args.device))
+    first = distributed.rank() == 0
+    ds = data.load(args.data, args.limit)
+    if getattr(args, 'amp', False) is None:
+        args.amp = args.net != 'fc' and train.amp_by_default(device)
+    folder, config = Path('runs') / args.name, runs.describe(vars(args), ds, device)
+    run = runs.Run(folder, config, typed, args.resume, args.overwrite) if first else runs.Silent(folder)
+    resolved, finished = distributed.from_first((run.config['args'], run.finished) if first else None)
+    args = argparse.Namespace(**resolved)
+    if finished:
+        print(f'{run.folder} is already finished; --evaluate {run.folder} measures it again')
+    else:
+        (classify if args.method == 'classify' else represent)(run, args, ds, device)
+    distributed.stop()
+
+
+def represent(run, args, ds, device):
+    """Learn a representation from pictures alone, then measure it."""
+    train_ids, val_ids = data.split(len(ds.x_train), args.val, args.seed)
+    model, seconds = model_of(args, ds.shape, device), 0.0
+    if 'epochs' in args:
+        x, x_val = ds.x_train[train_ids].to(device), ds.x_train[val_ids].to(device)
+        seconds = train_model(run, args, model, objective_of(args), x, x_val)
+    if distributed.rank() == 0:
+        finish(run, args, ds, model, device, seconds)
+
+
+def classify(run, args, ds, device):
+    """Pay for labels, learn a classifier from those pictures alone, and score it on the test set."""
+    if ds.y_train is None:
+        raise ValueError('--method classify needs labels, and the data has no y_train')
+    n = round(args.labels * len(ds.x_train)) if args.labels < 1 else int(args.labels)
+    if not len(ds.classes) <= n <= len(ds.x_train):
+        raise ValueError(f'--labels {args.labels:g} asks for {n:,} labels; wanted from {len(ds.classes)}, the '
+                         f'number of classes, to {len(ds.x_train):,}, the number of pictures')
+    model = classifier_of(args, ds, device)
+    if distributed.rank() == 0:
+        oracle = ds.y_train.__getitem__
+        paid = labels.LabelDatabase(run.folder / 'labels.sqlite', oracle, n, ds.digest)
+        if paid.spent < n:                                             # not resumed: choose, then pay
+            paid.reveal(pick(args, ds, model, n, device))
+        chosen = paid.revealed()
+    ids, y = distributed.from_first(chosen if distributed.rank() == 0 else None)
+    repeat = -(-6000 // n)                                             # an epoch is 6,000 pictures or more
+    seconds = train_model(run, args, model, objective_of(args), ds.x_train[ids].repeat(repeat, 1, 1, 1).to(device),
+                          y=y.repeat(repeat).to(device))
+    if distributed.rank() == 0:
+        score(run, args, ds, model, device, seconds)
+
+
+def score(run, args, ds, model, device, seconds):
+    """Measure a classifier on the test set, once, and write metrics.json."""
+    began, logits = time.monotonic(), representation(args, model, None, device, model.forward)[0]
+    paid = labels.LabelDatabase(run.folder / 'labels.sqlite', None, 0, ds.digest)
+    metrics = {'labels': paid.spent, **evaluate.measure_classifier(ds, logits, device)}
+    complete(run, args, metrics, seconds, began)
+
+
+def train_model(run, args, model, objective, x, x_val=None, y=None):
+    """train.fit with the flags filled in; says first what is trained on what."""
+    if distributed.rank() == 0:
+        where = f'{distributed.world()} x {x.device}' if distributed.world() > 1 else x.device
+        print(f'{run.folder}: {args.method}, {nets.size(model):,} parameters on {where}'
+              f'{" in bfloat16" if args.amp else ""}; {len(x):,} pictures {tuple(x.shape[1:])}', flush=True)
+    return train.fit(
+        distributed.sync_batchnorm(model), objective, x, x_val, run, y=y, epochs=args.epochs,
+        batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay, warmup=args.warmup,
+        schedule=args.schedule, patience=getattr(args, 'patience', 0), min_delta=getattr(args, 'min_delta', 0.0),
+        seed=args.seed, amp=args.amp, save_every=args.save_every)
+
+
+def pick(args, ds, model, n, device):
+    """Ids (n,) of the pictures whose labels are asked for, by --pick."""
+    if args.pick == 'balanced':
+        return labels.pick_balanced(n, ds.y_train, args.seed)
+    if args.pick == 'coverage':
+        encode = representation(args, model, None, device)[0]
+        h = evaluate.in_chunks(encode, ds.x_train.to(device))
+        return labels.pick_coverage(n, F.normalize(h, dim=1), args.seed)
+    return labels.pick_random(n, len(ds.x_train), args.seed)
+
+
+def pick_device(name):
+    """torch.device for --device, or the best there is; ValueError if it can't be used."""
+    if name is None:
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'--device {name} can not be used here ({str(e).splitlines()[0][:80]}); '
+                         'try cuda, mps or cpu') from None
+    return device
+
+
+def views_of(args):
+    """The augmentation flags as data.Views."""
+    return data.Views(args.crop, args.flip, args.rotate, args.jitter, args.blur, args.cutout, args.noise)
+
+
+def objective_of(args):
+    """What the method minimises, with its flags filled in."""
+    if args.method == 'vae':
+        return partial(train.variational, beta=args.beta, likelihood=args.likelihood)
+    if args.method == 'simclr':
+        return partial(train.contrastive, tau=args.tau, views=views_of(args))
+    if args.method == 'classify':
+        return partial(train.classification, views=views_of(args), mixup=args.mixup)
+    return partial(train.autoencoding, noise=args.noise)
+
+
+def model_of(args, shape, device):
+    """The method's network on the device, initialised by the seed; None for pixels and pca."""
+    if args.method not in ('ae', 'conv', 'vae', 'simclr', 'random'):
+        return None
+    torch.manual_seed(args.seed)
+    model = nets.build(args.method, args.net, shape, args.width, getattr(args, 'latent', None))
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def classifier_of(args, ds, device):
+    """A classifier on the encoder of the run --encoder, or on a fresh one without it."""
+    torch.manual_seed(args.seed)
+    if args.encoder is None:
+        encoder = nets.Encoder(args.net, ds.shape, args.width)
+    else:
+        config = runs.read_config(args.encoder)
+        if tuple(config['data']['shape']) != ds.shape:
+            raise ValueError(f'--encoder {args.encoder} was trained on pictures {tuple(config["data"]["shape"])}, '
+                             f'and the data has {ds.shape}')
+        encoder = nets.encoder_of(load_model(Path(args.encoder), config, torch.device('cpu')))
+        torch.manual_seed(args.seed)                                   # the same head, whatever the encoder
+    model = nets.Classifier(encoder, len(ds.classes), args.head, args.freeze)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def load_model(folder, config, device):
+    """The network of a run folder, as trained."""
+    model = model_of(argparse.Namespace(**config['args']), config['data']['shape'], device)
+    if model is None:
+        raise ValueError(f'{folder} holds no encoder: it is a run of --method {config["args"]["method"]}')
+    return load_weights(model, folder) if 'epochs' in config['args'] else model
+
+
+def load_weights(model, folder):
+    """The model with the weights of the folder's newest whole checkpoint."""
+    state = runs.newest_checkpoint(folder)
+    if state is None:
+        raise ValueError(f'{folder} has no checkpoint yet; train it first')
+    model.load_state_dict(state['model'])
+    return model
+
+
+def representation(args, model, x_train, device, forward=None):
+    """(encode, reconstruct or None): float pictures (B, C, H, W) to features (B, D), and to themselves.
+
+    forward stands in for model.encode, to get a classifier's logits the same way.
+    """
+    if args.method == 'pixels':
+        return lambda x: x.flatten(1), None
+    if args.method == 'pca':
+        pca = evaluate.PCA(data.to_float(x_train.to(device)).flatten(1), args.latent)
+        return (lambda x: pca.encode(x.flatten(1)),
+                lambda x: pca.decode(pca.encode(x.flatten(1))).view_as(x).clamp(0, 1))
+    model.eval()
+    def encode(x):
+        with train.autocast(device, args.amp):
+            return (forward or model.encode)(x).float()
+    def reconstruct(x):
+        with train.autocast(device, args.amp):
+            return model.decode(model.encode(x)).float()
+    return encode, reconstruct if hasattr(model, 'decode') else None
+
+
+def evaluate_again(folder, device):
+    """Load a finished run's checkpoint and write its measures and pictures anew."""
+    config = runs.read_config(folder)
+    args = argparse.Namespace(**config['args'])
+    device = pick_device(device)
+    ds = data.load(args.data, args.limit)
+    if ds.digest != config['data']['digest']:
+        raise ValueError(f'{folder} was made from other data than {args.data or "Fashion-MNIST here"}')
+    run = runs.Run(folder, config, resume=True)
+    if not run.finished:
+        raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
+    seconds = runs.read_json(folder / 'metrics.json').get('seconds') or 0.0
+    if args.method == 'classify':
+        score(run, args, ds, load_weights(classifier_of(args, ds, device), folder), device, seconds)
+    elif 'net' in args:
+        finish(run, args, ds, load_model(folder, config, device), device, seconds)
+    else:
+        finish(run, args, ds, None, device, seconds)
+
+
+def finish(run, args, ds, model, device, seconds):
+    """Pictures, then every measure (the test set is read here, once), then metrics.json."""
+    train_ids, val_ids = data.split(len(ds.x_train), args.val, args.seed)
+    encode, reconstruct = representation(args, model, ds.x_train[train_ids], device)
+    began = time.monotonic()
+    metrics = evaluate.measure(ds, train_ids, val_ids, encode, reconstruct, args.seed, device=device)
+    few = data.to_float(ds.x_train[val_ids][:16].to(device))
+    with torch.no_grad():
+        if reconstruct:
+            report.write_png(run.folder / 'reconstructions.png', report.sheet(few, reconstruct(few)))
+        if args.method == 'vae':
+            mu = evaluate.in_chunks(encode, ds.x_train[val_ids].to(device))
+            metrics['active_units'] = evaluate.active_units(mu)
+            rows = nets.samples(model, args.latent, 4 * 16, data.generator(device, args.seed, 'samples')).split(16)
+            report.write_png(run.folder / 'samples.png', report.sheet(*rows))
+            pairs = zip(few[0::2].split(1), few[1::2].split(1))
+            rows = [nets.interpolation(model, x1, x2, 16) for x1, x2 in pairs]
+            report.write_png(run.folder / 'interpolation.png', report.sheet(*rows))
+    if args.method == 'simclr':
+        write_views(run.folder / 'views.png', few, views_of(args), args.seed)
+    complete(run, args, metrics, seconds, began)
+
+
+def complete(run, args, metrics, seconds, began):
+    """Write metrics.json, which makes the run a finished one, and say what it holds."""
+    rows = runs.read_log(run.folder)
+    metrics.update(method=args.method, epochs=rows[-1]['epoch'] if rows else None, seconds=round(seconds, 1),
+                   measuring_seconds=round(time.monotonic() - began, 1))
+    run.write_metrics(metrics)
+    print(report.describe(metrics), f'-> {run.folder}', sep='\n')
+
+
+def write_views(path, x, views, seed):
+    """Originals above two views of each."""
+    g = data.generator(x.device, seed, 'views')
+    report.write_png(path, report.sheet(x, data.augment(x, views, g), data.augment(x, views, g)))
+
+
+def show_views(args):
+    ds = data.load(args.data, args.limit)
+    write_views(Path(args.show_views), data.to_float(ds.x_train[:16]), views_of(args), args.seed)
+    print(f'wrote {args.show_views}: originals above two views of each')
