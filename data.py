@@ -50,6 +50,8 @@ def read_idx(path):
             if len(sizes) < 4 * head[3]:
                 raise ValueError(f'{path} ends inside its header of {head[3]} dimensions')
             shape = tuple(np.frombuffer(sizes, '>u4').tolist())
+            if len(shape) > 32:
+                raise ValueError(f'{path} announces {len(shape)} dimensions; wanted 32 at most')
             dtype = np.dtype(IDX_TYPES[head[2]])
             wanted = math.prod(shape) * dtype.itemsize
             if wanted > MAX_BYTES:
@@ -60,7 +62,10 @@ def read_idx(path):
     if len(body) != wanted:
         found = 'more' if len(body) > wanted else f'only {len(body):,}'
         raise ValueError(f'{path} holds {found} bytes of data; wanted {wanted:,} for shape {shape}')
-    return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder('='))
+    try:
+        return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder('='))
+    except ValueError:                                  # no values, but sizes too large for any array
+        raise ValueError(f'{path} announces shape {shape}, which no array can have') from None
 
 
 def _read_at_most(f, size, chunk=1 << 24):
@@ -106,7 +111,7 @@ def load(source=None, limit=None):
     limit keeps only the first so many training pictures.
     """
     name, classes = ('fashion-mnist', FASHION_CLASSES) if source is None else (Path(source).stem, None)
-    source = Path(source or find_fashion_mnist())
+    source = Path(find_fashion_mnist() if source is None else source)
     if source.is_dir():
         arrays = _read_folder(source)
     elif source.is_file():
@@ -114,7 +119,7 @@ def load(source=None, limit=None):
     else:
         raise ValueError(f'--data {source} does not exist; wanted a folder of IDX files or an .npz file')
     for key in ('x_train', 'y_train'):
-        if key in arrays:
+        if key in arrays and arrays[key].ndim:
             arrays[key] = arrays[key][:limit]
     return _dataset(name, arrays, classes)
 
@@ -152,6 +157,8 @@ def _read_npz(path):
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, MemoryError, KeyError, ValueError,
             NotImplementedError, RuntimeError, SyntaxError, OverflowError) as e:
         raise ValueError(f'{path} is not a readable .npz of plain arrays ({e})') from None
+    if not all(isinstance(a, np.ndarray) for a in arrays.values()):
+        raise ValueError(f'{path} is not a readable .npz: a member is no array')
     if 'x_train' not in arrays:
         raise ValueError(f'{path} holds {found}; wanted x_train and, optionally, y_train, x_test, y_test')
     return arrays

@@ -291,7 +291,7 @@ def effective_rank(h):
 
 def active_units(mu, threshold=0.01):
     """Number of latent units whose mean varies over pictures by more than threshold (arXiv 1509.00519)."""
-    return int((mu.var(0) > threshold).sum())
+    return int((mu.var(0, unbiased=False) > threshold).sum())
 
 
 # ------------------------------------------------------------------------------------ all measures
@@ -317,7 +317,8 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_shar
         out.update(reconstruction(reconstruct, x))
     h, h_train, h_val = (in_chunks(encode, v.to(device)).float() for v in
                          (x, ds.x_train[train_ids], ds.x_train[val_ids]))
-    out.update(features=h.shape[1], effective_rank=effective_rank(h), feature_std=h.std(0).mean().item())
+    out.update(features=h.shape[1], effective_rank=effective_rank(h),
+               feature_std=h.std(0, unbiased=False).mean().item())
     if y is None:
         return {**out, 'left_out': ['knn', 'probe', 'kmeans']}
     y, K = y.to(device), len(ds.classes)

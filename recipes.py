@@ -65,7 +65,11 @@ def run_method(args, typed):
     if finished:
         print(f'{run.folder} is already finished; --evaluate {run.folder} measures it again')
     else:
-        (classify if args.method == 'classify' else represent)(run, args, ds, device)
+        try:
+            (classify if args.method == 'classify' else represent)(run, args, ds, device)
+        except ValueError:
+            run.withdraw()
+            raise
     distributed.stop()
 
 
@@ -142,9 +146,11 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'--device {name} can not be used here ({str(e).splitlines()[0][:80]}); '
+    except Exception as e:                                             # torch raises many types here
+        raise ValueError(f'--device {name} can not be used here ({str(e).split(chr(10))[0][:80]}); '
                          'try cuda, mps or cpu') from None
+    if device.type not in ('cuda', 'mps', 'cpu'):
+        raise ValueError(f'--device {name} is not one that training runs on; try cuda, mps or cpu')
     return device
 
 
@@ -202,7 +208,10 @@ def load_weights(model, folder):
     state = runs.newest_checkpoint(folder)
     if state is None:
         raise ValueError(f'{folder} has no checkpoint yet; train it first')
-    model.load_state_dict(state['model'])
+    try:
+        model.load_state_dict(state['model'])
+    except (KeyError, RuntimeError, AttributeError, TypeError):
+        raise ValueError(f'{folder} holds a checkpoint of another network than its config.json says') from None
     return model
 
 

@@ -76,6 +76,9 @@ def compare(folders):
     for folder in map(Path, folders):
         config = runs.read_config(folder)
         metrics = runs.read_json(folder / 'metrics.json') if (folder / 'metrics.json').exists() else None
+        for key, _, _ in COLUMNS if metrics else ():
+            if not isinstance(metrics.get(key, 0), (int, float, type(None))):
+                raise ValueError(f'{folder / "metrics.json"} has {metrics[key]!r} for {key}; wanted a number')
         key = repr([(k, v) for k, v in sorted(config['args'].items()) if k not in runs.HERE | {'seed'}])
         if config['args']['seed'] in [c['args']['seed'] for c, _, _ in groups.get(key, [])]:
             key += str(folder)                                              # the same run twice is no spread

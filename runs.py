@@ -62,7 +62,7 @@ def read_json(path):
     """Object in a JSON file; ValueError with one sentence if it is not one."""
     try:
         value = json.loads(Path(path).read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:          # bad UTF-8, bad JSON, an endless number, deep nesting
         raise ValueError(f'{path} is not readable JSON ({e})') from None
     if not isinstance(value, dict):
         raise ValueError(f'{path} holds a {type(value).__name__}; wanted an object')
@@ -92,7 +92,9 @@ def read_config(folder):
     if not path.exists():
         raise ValueError(f'{folder} is not a run folder: it has no config.json')
     config = read_json(path)
-    if not {'method', 'seed'} <= set(config.get('args', {})) or 'digest' not in config.get('data', {}):
+    args, pictures = config.get('args'), config.get('data')
+    if not (isinstance(args, dict) and {'method', 'seed'} <= set(args)
+            and isinstance(pictures, dict) and 'digest' in pictures):
         raise ValueError(f'{path} lacks the arguments or the data digest; was it written by ssl.py?')
     return config
 
@@ -137,6 +139,13 @@ class Run:
         kept = {k: v for k, v in before.items() if k not in typed and k not in HERE}
         return {**new, 'args': {**new['args'], **kept}}
 
+    def withdraw(self):
+        """Take back a folder in which nothing was learned or paid for yet, after a mistake that showed late."""
+        if {p.name for p in self.folder.iterdir()} <= {'config.json', '.lock'}:
+            for name in ('config.json', '.lock'):
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
+
     @property
     def finished(self):
         return (self.folder / 'metrics.json').exists()
@@ -171,16 +180,19 @@ class Run:
 
 def newest_checkpoint(folder):
     """State of the newest whole checkpoint or None; a damaged one is named and the one before it taken."""
-    damaged = None
+    damaged = []
     for path in (Path(folder) / 'checkpoint.pt', Path(folder) / 'checkpoint.previous.pt'):
         if path.exists():
             try:
-                return load_checkpoint(path)
+                state = load_checkpoint(path)
             except ValueError as e:
-                damaged = e
-                print(f'{e}; trying the one before it', file=sys.stderr)
+                damaged.append(str(e))
+            else:
+                if damaged:
+                    print(f'{damaged[0]}; the one before it is taken', file=sys.stderr)
+                return state
     if damaged:
-        raise ValueError(f'{damaged}, and no whole one is left; start again with --overwrite')
+        raise ValueError(f'{damaged[0]}, and no whole one is left; start again with --overwrite')
     return None
 
 
@@ -193,7 +205,7 @@ class Silent:
     def nothing(self, *_):
         return None
 
-    log = trim_log = save = load = nothing
+    log = trim_log = save = load = withdraw = nothing
 
 
 def state_digest(state):
@@ -238,9 +250,9 @@ def read_log(folder):
     for line in path.read_text(errors='replace').splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
-        if not isinstance(row, dict) or 'epoch' not in row:
+        if not isinstance(row, dict) or not isinstance(row.get('epoch'), int):
             break
         rows.append(row)
     return rows

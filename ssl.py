@@ -77,6 +77,12 @@ else:
             return value
         return parse
 
+    def path(text):
+        """Type of a flag: anything but nothing."""
+        if not text:
+            raise argparse.ArgumentTypeError('it is empty; wanted a path')
+        return text
+
     def choice(*names):
         """Type of a flag: one of the names; a misspelt one is answered with the nearest."""
         def parse(text):
@@ -106,7 +112,7 @@ else:
         g = p.add_argument_group('what to do')
         flag(g, '--method', 'train it (or, for the last three, just measure): ' + ', '.join(
             f'{k} = {v}' for k, v in METHODS.items()), type=choice(*METHODS), metavar='NAME')
-        flag(g, '--evaluate', 'measure a finished run again', metavar='RUN')
+        flag(g, '--evaluate', 'measure a finished run again', type=path, metavar='RUN')
         flag(g, '--compare', 'print one table of these runs; all in runs/ when none is named', nargs='*', metavar='RUN')
         flag(g, '--show-views', 'write originals and two augmented views of each as a PNG, and stop',
              nargs='?', const='views.png', metavar='PNG')
@@ -114,7 +120,7 @@ else:
 
         g = p.add_argument_group('data and run folder')
         flag(g, '--data', 'folder of IDX files or an .npz with x_train and, optionally, y_train, x_test, y_test '
-             '(default: Fashion-MNIST, downloaded if it is nowhere)', metavar='PATH')
+             '(default: Fashion-MNIST, downloaded if it is nowhere)', type=path, metavar='PATH')
         flag(g, '--limit', 'use only the first N training pictures', type=number(int, 20, 10**9), metavar='N')
         flag(g, '--val', 'training pictures kept for validation, a tenth of all at most', 5000, type=count, metavar='N')
         flag(g, '--name', 'run folder under runs/ (default: the method and what differs from its defaults)')
@@ -153,7 +159,8 @@ else:
         flag(g, '--tau', 'temperature of NT-Xent', type=number(float, 0.001, 100), metavar='T')
 
         g = p.add_argument_group('few labels')
-        flag(g, '--encoder', 'run folder whose encoder to start from; without it from scratch', metavar='RUN')
+        flag(g, '--encoder', 'run folder whose encoder to start from; without it from scratch', type=path,
+             metavar='RUN')
         flag(g, '--labels', 'how many labels to pay for, or below 1 their share',
              type=number(float, 0, 1e9, above=True), metavar='N')
         flag(g, '--pick', 'which: random, coverage (k-means medoids of the encoder\'s features) or balanced (as many '
@@ -183,8 +190,14 @@ else:
             flags = [o for a in parser._actions for o in a.option_strings]
             near = difflib.get_close_matches(unknown[0].split('=')[0], flags, 1)
             parser.error(f'{unknown[0]} is not known' + (f'; did you mean {near[0]}?' if near else '; see --help'))
-        method = typed.get('method', 'simclr' if 'show_views' in typed else None)
-        if method is None and not {'evaluate', 'compare', 'fetch'} & set(typed):
+        command = next((c for c in ('fetch', 'compare', 'evaluate', 'show_views') if c in typed), None)
+        method = typed.get('method', 'simclr' if command == 'show_views' else None)
+        if command == 'show_views' and method != 'simclr':
+            parser.error('--show-views shows the views of --method simclr')
+        with_it = {'fetch': (), 'compare': (), 'evaluate': ('device',)}.get(command, typed)
+        for key in set(typed) - {command, *with_it}:
+            parser.error(f'--{key.replace("_", "-")} does nothing with --{command}')
+        if method is None and command is None:
             parser.error('say what to do, for instance: python ssl.py --method simclr (--help lists the rest)')
         for key in {'net', 'width'} & set(typed) if 'encoder' in typed else ():
             parser.error(f'--{key} is that of the --encoder run; leave it out')
@@ -192,7 +205,7 @@ else:
             if method and key in PER_METHOD and method not in PER_METHOD[key]:
                 parser.error(f'--{key.replace("_", "-")} does nothing for --method {method}; '
                              f'it is for {", ".join(PER_METHOD[key])}')
-        if 'name' in typed and (not typed['name'] or Path(typed['name']).name != typed['name']):
+        if 'name' in typed and (Path(typed['name']).name != typed['name'] or typed['name'] in ('', '..')):
             parser.error(f'--name {typed["name"]!r} is not a plain folder name')
         if 'resume' in typed and 'overwrite' in typed:
             parser.error('--resume and --overwrite exclude each other')
@@ -208,7 +221,9 @@ else:
         args, typed, defaults = parse(argv)
         try:
             import recipes                                 # torch comes with it: only once the arguments are right
-            return recipes.main(args, typed, defaults)
+            code = recipes.main(args, typed, defaults)
+            sys.stdout.flush()
+            return code
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)   # the reader (head, less) left: no traceback at exit
             return 141

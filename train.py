@@ -88,7 +88,7 @@ def optimizer(model, lr, weight_decay):
 def lr_scale(step, steps, warmup, schedule):
     """Learning rate of a step as a share of its peak: linear warm-up, then constant or a half cosine to 0."""
     if step < warmup:
-        return (step + 1) / warmup
+        return min(1.0, (step + 1) / warmup)
     if schedule == 'constant':
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -127,15 +127,18 @@ def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weig
     state = {'epoch': 1, 'step': 0, 'total': torch.zeros((), device=x.device), 'best': math.inf, 'bad': 0,
              'seconds': 0.0}
     if saved := distributed.from_first(run.load()):
-        model.load_state_dict(saved.pop('model'))
-        opt.load_state_dict(saved.pop('optimizer'))
-        state = {**saved, 'total': saved['total'].to(x.device)}
+        state = _restore(saved, model, opt, run)
     run.trim_log(state['epoch'] - 1)
-    scale, progress, began, saved_at = 1.0, Progress(), time.monotonic() - state['seconds'], time.monotonic()
+    progress, began, saved_at = Progress(), time.monotonic() - state['seconds'], time.monotonic()
+
+    def rate():
+        """Learning rate of the step that state['step'] is after."""
+        done = (state['epoch'] - 1) * steps + state['step'] - 1
+        return lr * lr_scale(done, epochs * steps, warmup * steps, schedule)
 
     def save():
-        if not all(p.isfinite().all() for p in model.parameters()):         # a gradient overflowed
-            raise ValueError(_not_finite('a weight', state, lr * scale, run))
+        if not all(v.isfinite().all() for v in model.state_dict().values()):   # a gradient overflowed
+            raise ValueError(_not_finite('a weight', state, rate(), run))
         state['seconds'] = time.monotonic() - began
         run.save({**state, 'model': model.state_dict(), 'optimizer': opt.state_dict()})
 
@@ -146,9 +149,9 @@ def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weig
             for step, ids in data.batches(len(x), batch_size, seed, epoch, first, x.device):
                 ids = distributed.share(ids)
                 batch = (data.to_float(x[ids]),) if y is None else (data.to_float(x[ids]), y[ids])
-                scale = lr_scale((epoch - 1) * steps + step, epochs * steps, warmup * steps, schedule)
+                state['step'] = step + 1
                 for group in opt.param_groups:
-                    group['lr'] = lr * scale
+                    group['lr'] = rate()
                 with autocast(x.device, amp):
                     loss, _ = objective(model, *batch, data.generator(x.device, seed, epoch, step, *own))
                 opt.zero_grad(set_to_none=True)
@@ -156,10 +159,9 @@ def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weig
                 distributed.average_gradients(model)
                 opt.step()
                 state['total'] += loss.detach()
-                state['step'] = step + 1
                 if x.device.type == 'cpu' or step % 50 == 0 or step + 1 == steps:   # elsewhere each costs a sync
                     if not state['total'].isfinite():
-                        raise ValueError(_not_finite('the loss', state, lr * scale, run))
+                        raise ValueError(_not_finite('the loss', state, rate(), run))
                 if progress.due():
                     progress.show(_live(state, epochs, steps, first, len(x), started))
                 if stop or time.monotonic() - saved_at > save_every:
@@ -167,7 +169,7 @@ def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weig
                     saved_at = time.monotonic()
                 if stop:
                     raise Stopped(f'stopped at epoch {epoch}, step {step + 1} of {steps}')
-            row = {'epoch': epoch, 'loss': distributed.mean(state['total']).item() / steps, 'lr': lr * scale,
+            row = {'epoch': epoch, 'loss': distributed.mean(state['total']).item() / steps, 'lr': rate(),
                    **({} if x_val is None else validate(model, objective, x_val, batch_size, seed, amp)),
                    'images_per_s': round((steps - first) / steps * len(x) / (time.monotonic() - started), 1),
                    'seconds': round(time.monotonic() - began, 2)}
@@ -180,6 +182,19 @@ def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weig
     return state['seconds']
 
 
+def _restore(saved, model, opt, run):
+    """Fill model and optimizer from a checkpoint; returns the rest of it, the loop's state."""
+    try:
+        model.load_state_dict(saved.pop('model'))
+        opt.load_state_dict(saved.pop('optimizer'))
+        device = next(model.parameters()).device
+        return {**{key: saved[key] for key in ('epoch', 'step', 'best', 'bad', 'seconds')},
+                'total': saved['total'].to(device)}
+    except (KeyError, RuntimeError, ValueError, AttributeError, TypeError):
+        raise ValueError(f'{run.folder} holds a checkpoint of another network or version; use another --name or '
+                         '--overwrite') from None
+
+
 def _not_finite(what, state, lr, run):
     return (f'{what} is not finite at epoch {state["epoch"]}, step {state["step"]}, learning rate {lr:.2g}; try a '
             f'lower --lr or --no-amp (the last good checkpoint, if there is one, stays in {run.folder})')
@@ -189,7 +204,7 @@ def _not_finite(what, state, lr, run):
 def validate(model, objective, x_val, batch_size, seed, amp):
     """{'val_loss', 'std', 'rank', 'collapsed', ...} on pictures kept out of training: the objective and its
     parts, and the health of the features: mean standard deviation, effective rank, and whether they have
-    collapsed, to one point (deviations under a thousandth of their size) or one line."""
+    collapsed, to one point (deviations under a thousandth of their size) or one line (told from 10 up)."""
     model.eval()
     means, h = {}, []
     for i, part in enumerate(x_val.chunk(data.steps_per_epoch(len(x_val), batch_size))):
@@ -200,8 +215,9 @@ def validate(model, objective, x_val, batch_size, seed, amp):
         for key, value in {'val_loss': loss, **parts}.items():
             means[key] = means.get(key, 0.0) + value.item() * len(part) / len(x_val)
     h = torch.cat(h)
-    std, rank = h.std(0).mean().item(), evaluate.effective_rank(h)
-    return {**means, 'std': std, 'rank': rank, 'collapsed': rank < 1.5 or std < 1e-3 * h.abs().mean().item()}
+    std, rank = h.std(0, unbiased=False).mean().item(), evaluate.effective_rank(h)
+    point, line = std < 1e-3 * h.abs().mean().item(), rank < 1.5 and h.shape[1] > 1
+    return {**means, 'std': std, 'rank': rank, 'collapsed': len(h) >= 10 and (point or line)}
 
 
 def _live(state, epochs, steps, first, n, started):

@@ -1,0 +1,2211 @@
+"""Tests: `python test_all.py` runs them all, `python test_all.py WORD` those whose name holds the word.
+
+On a CPU, with no data set and no download, in about a minute; pytest runs them too. Each maths test compares
+with an independent form written out in it. The command line runs in this process, except where a process
+has to be killed, or imports and pipes are what is tested.
+"""
+import ast
+import contextlib
+import errno
+import functools
+import gc
+import gzip
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import tracemalloc
+import unittest
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import scipy.ndimage
+import scipy.optimize
+import scipy.spatial
+import torch
+
+import data
+import evaluate
+import fetch
+import labels
+import losses
+import nets
+import recipes
+import report
+import runs
+import train
+
+HERE = Path(__file__).resolve().parent
+spec = importlib.util.spec_from_file_location('cli', HERE / 'ssl.py')     # under its own name it is the standard's
+cli = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cli)
+torch.set_num_threads(1)                                                  # tensors here are tiny
+warnings.filterwarnings('ignore', 'Detected pickle protocol')            # torch's, about damaged checkpoints
+IN_MEMORY = '/dev/shm' if os.access('/dev/shm', os.W_OK) else None        # some disks take 2 ms to open a file
+
+
+# helpers -----------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def raises(kind, *words):
+    """The block has to raise `kind` with one line that holds each of the words."""
+    try:
+        yield
+    except kind as e:
+        assert '\n' not in str(e) and all(str(w) in str(e) for w in words), f'{e!r} lacks one of {words}'
+    else:
+        raise AssertionError(f'no {kind.__name__}')
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, tol=1e-5):
+    """Are a and b, arrays of any kind, the same to tol, absolutely and relatively?"""
+    a, b = (v.detach().double().numpy() if isinstance(v, torch.Tensor) else np.asarray(v, float) for v in (a, b))
+    return a.shape == b.shape and np.allclose(a, b, rtol=tol, atol=tol)
+
+
+@functools.cache
+def home():
+    """A folder that lives as long as this process, with tiny.npz in it."""
+    home.keep = tempfile.TemporaryDirectory(dir=IN_MEMORY)
+    write_npz(Path(home.keep.name) / 'tiny.npz')
+    return Path(home.keep.name)
+
+
+@contextlib.contextmanager
+def folder():
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
+        yield Path(name)
+
+
+def pictures(n, H=10, W=12, C=1, K=3, seed=0):
+    """(x (n, H, W[, 3]) uint8, y (n,)): noise with a bright band, whose place is the class."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.integers(0, 60, (n, H, W, C)), rng.permutation(np.arange(n) % K)
+    for i, k in enumerate(y):
+        x[i, k * H // K:(k + 1) * H // K] += 150
+    return x.astype(np.uint8).squeeze(3) if C == 1 else x.astype(np.uint8), y
+
+
+def arrays(n=120, n_test=40, **kwargs):
+    (x, y), (xt, yt) = pictures(n, **kwargs), pictures(n_test, **{'seed': 1, **kwargs})
+    return {'x_train': x, 'y_train': y, 'x_test': xt, 'y_test': yt}
+
+
+def write_npz(path, **kwargs):
+    np.savez(path, **(kwargs or arrays()))
+
+
+def run(*words, cwd=None):
+    """(exit code, stdout, stderr) of ssl.py with these words, run in this process in the folder cwd."""
+    out, err, code, before = io.StringIO(), io.StringIO(), None, os.getcwd()
+    os.chdir(cwd or home())
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = cli.main([str(w) for w in words])
+            except SystemExit as e:
+                code = e.code
+    finally:
+        if (code != 0 or err.getvalue()) and os.path.exists('runs'):
+            gc.collect()                                                  # an exception's frames may hold a lock
+        os.chdir(before)
+    return code, out.getvalue(), err.getvalue()
+
+
+def refused(*words, cwd=None, said=()):
+    """ssl.py with these words ends with exit code 2 and one line on stderr that holds each word of `said`."""
+    code, out, err = run(*words, cwd=cwd)
+    assert code == 2 and err.count('\n') == 1 and err.endswith('\n') and 'Traceback' not in err, (words, code, err)
+    assert all(str(w) in err for w in said), (said, err)
+
+
+def tiny(method, *more):
+    """Flags of a run of six steps, two epochs, on tiny.npz."""
+    flags = ['--method', method, '--data', 'tiny.npz', '--name', method]
+    if method not in ('pixels', 'pca'):
+        flags += ['--no-amp', '--width', 0.1]
+    if method in ('ae', 'conv', 'vae', 'pca'):
+        flags += ['--latent', 4]
+    if method in TRAINED:
+        flags += ['--epochs', 2, '--batch-size', 40 if method in UNLABELLED else 2000]
+    if method == 'classify':                                              # an epoch is 6,000 pictures
+        flags += ['--labels', 15]
+    return flags + list(more)
+
+
+UNLABELLED = ('ae', 'conv', 'vae', 'simclr')
+TRAINED = (*UNLABELLED, 'classify')
+
+
+def only_training():
+    return mock.patch.multiple(recipes, finish=lambda *_: None, score=lambda *_: None)
+
+
+@functools.cache
+def finished(method):
+    """Folder of a finished tiny run."""
+    code, out, err = run(*tiny(method))
+    assert code == 0 and not err, err
+    return home() / 'runs' / method
+
+
+def posix():
+    if os.name != 'posix':
+        raise unittest.SkipTest('signals, locks and file-size limits are POSIX')
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Writing more than `size` bytes into a file fails, half-way."""
+    import resource
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def python(*words, cwd=HERE, stdout=subprocess.PIPE, **env):
+    """A started process: this Python with these words, in a folder."""
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '', **env}
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=cwd, text=True, stdout=stdout,
+                            stderr=subprocess.PIPE, env=env)
+
+
+def weights(run_folder):
+    """Checkpoint of a run without the seconds it took."""
+    state = runs.load_checkpoint(run_folder / 'checkpoint.pt')
+    return {k: v for k, v in state.items() if k != 'seconds'}
+
+
+def logged(run_folder):
+    """Rows of its log without times."""
+    return [{k: v for k, v in row.items() if k not in ('seconds', 'images_per_s')}
+            for row in runs.read_log(run_folder)]
+
+
+def measured(run_folder):
+    """Its metrics without times."""
+    metrics = runs.read_json(run_folder / 'metrics.json')
+    return {k: v for k, v in metrics.items() if 'seconds' not in k}
+
+
+def drawn(run_folder):
+    """{name: bytes} of its pictures."""
+    return {p.name: p.read_bytes() for p in run_folder.glob('*.png')}
+
+
+def assert_same_run(a, b):
+    """Weights, optimizer, losses, measures and pictures of two runs are equal to the bit."""
+    a_state, b_state = weights(a), weights(b)
+    assert a_state.keys() == b_state.keys() and runs.state_digest(a_state) == runs.state_digest(b_state)
+    assert logged(a) == logged(b) and logged(a)
+    assert measured(a) == measured(b) and drawn(a) == drawn(b)
+
+
+# ssl.py ------------------------------------------------------------------------------------------------------
+
+STANDARD = os.path.join(os.path.dirname(os.__file__), 'ssl.py')
+THREADS_AND_A_WORKER = f'''
+import multiprocessing, threading
+seen, together = [], threading.Barrier(16)
+def load():
+    together.wait()
+    import ssl
+    ssl.create_default_context()
+    seen.append((id(ssl), ssl.__file__))
+threads = [threading.Thread(target=load) for _ in range(16)]
+for t in threads: t.start()
+for t in threads: t.join()
+assert len(seen) == 16 and len(set(seen)) == 1 and seen[0][1] == {STANDARD!r}, seen
+ask = "__import__('ssl').create_default_context() and __import__('ssl').__file__"
+if __name__ == '__main__':
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        assert pool.apply(eval, (ask,)) == {STANDARD!r}
+'''
+
+
+def test_import_ssl_in_this_folder_is_the_standard_library():
+    with folder() as temporary:
+        worker = temporary / 'worker.py'
+        worker.write_text(f'import ssl\nssl.create_default_context()\nassert ssl.__file__ == {STANDARD!r}, ssl')
+        processes = {
+            'torchrun': python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 1, worker,
+                               PYTHONPATH=str(HERE)),
+            'main': python('-c', 'import ssl; ssl.create_default_context(); print(ssl.__file__)'),
+            'threads': python('-c', THREADS_AND_A_WORKER)}
+        for module in ('pip', 'pytest'):
+            if importlib.util.find_spec(module):
+                processes[module] = python('-m', module, *(['help', 'install'] if module == 'pip' else ['--version']))
+        for name, process in processes.items():
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0 and 'Traceback' not in err, (name, err)
+            assert name != 'main' or out.strip() == STANDARD
+
+
+def test_help_and_a_mistyped_flag_answer_before_torch_is_imported():
+    for words, code, said in (['--help'], 0, '--method'), (['--metod', 'ae'], 2, 'did you mean --method?'):
+        began = time.monotonic()
+        process = python('-X', 'importtime', HERE / 'ssl.py', *words)
+        out, err = process.communicate(timeout=60)
+        imported = {line.split('|')[-1].strip() for line in err.splitlines() if line.startswith('import time:')}
+        assert 'argparse' in imported and not imported & {'torch', 'numpy', 'scipy', 'data', 'train'}
+        assert process.returncode == code and said in out + err and time.monotonic() - began < 10
+
+
+def flags():
+    """{dest: argparse action} of every flag but --help."""
+    return {a.dest: a for a in cli.make_parser()._actions if a.dest != 'help'}
+
+
+def test_help_shows_every_flag_with_its_default():
+    text = ''.join(cli.make_parser().format_help().split())               # lines break anywhere
+    plain, _, _ = cli.parse(['--method', 'pixels'])
+    for dest, action in flags().items():
+        assert all(option in text for option in action.option_strings)
+        assert ''.join((action.help % {}).split()) in text, dest
+        per = cli.PER_METHOD.get(dest, {})
+        default = getattr(plain, dest, None)
+        if dest in ('val', 'seed'):
+            assert f'(default: {default})' in action.help
+        else:
+            assert dest in per or dest == 'method' or default in (None, False)
+        for method, value in per.items():
+            if value is not None:
+                assert getattr(cli.parse(['--method', method])[0], dest) == value
+                assert f'{method} {value}' in action.help or f'(default: {value}' in action.help, (dest, method)
+    assert 'pythonssl.py--method' in text
+
+
+def test_every_flag_is_read_somewhere():
+    read, sources = set(), [ast.parse((HERE / name).read_text()) for name in ('ssl.py', 'recipes.py')]
+    for node in itertools.chain(*map(ast.walk, sources)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'args':
+            read.add(node.attr)
+        if isinstance(node, ast.Compare) and getattr(node.comparators[0], 'id', '') == 'typed':
+            read.add(getattr(node.left, 'value', ''))
+        if isinstance(node, ast.Call) and ast.unparse(node).startswith('getattr(args, '):
+            read.add(node.args[1].value)
+    assert not set(flags()) - read, set(flags()) - read
+
+
+def takers(dest):
+    """Methods that take the flag."""
+    return list(cli.PER_METHOD.get(dest, cli.METHODS))
+
+
+def test_a_wrong_value_of_any_number_flag_is_one_line_and_starts_nothing():
+    numbers = {d: a for d, a in flags().items() if a.type and 'number' in a.type.__qualname__}
+    assert len(numbers) > 20
+    wrong = ['-1', '-1e9', 'nan', 'inf', '1e999', '9' * 400, '', 'abc', '1,5', '0x10', '--lr']
+    zero = {'seed', 'epochs', 'weight_decay', 'warmup', 'patience', 'min_delta', 'noise', 'beta', 'rotate',
+            'jitter', 'blur', 'cutout', 'mixup'}                                 # where 0 is a value like others
+    with folder() as cwd:
+        for dest, action in numbers.items():
+            for text in wrong + ['0'] * (dest not in zero) + ['1.5'] * (dest == 'epochs'):
+                option = action.option_strings[0]
+                refused('--method', takers(dest)[0], option, text, cwd=cwd, said=[option])
+                refused('--method', takers(dest)[0], f'{option}={text}', cwd=cwd, said=[option])
+        assert not list(cwd.iterdir())
+
+
+def test_a_wrong_word_is_one_line_and_starts_nothing():
+    with folder() as cwd:
+        for words, said in (
+                ([], 'say what to do'), (['--method'], '--method'), (['--method', ''], 'wanted one of'),
+                (['--method', 'simclrr'], 'did you mean simclr?'), (['--method', 'conv', '--net', 'resent'], 'resnet'),
+                (['--method', 'ae', 'extra'], 'extra is not known'), (['--meth', 'ae'], '--method?'),
+                (['--method', 'vae', '--likelihood', 'gauss'], 'gaussian'),
+                (['--method', 'ae', '--schedule', 'linear'], 'wanted one of'),
+                (['--method', 'ae', '--resume', '--overwrite'], 'exclude'),
+                (['--method', 'ae', '--data', 'no/such'], 'does not exist'),
+                (['--method', 'ae', '--data', cwd], 'train-images-idx3-ubyte'),
+                (['--method', 'ae', '--data', HERE / 'ssl.py'], 'not a readable .npz'),
+                (['--evaluate', 'runs/none'], 'runs/none'), (['--compare', 'runs/none'], 'runs/none'),
+                (['--evaluate', ''], ''), (['--show-views', '', '--data', home() / 'tiny.npz'], ''),
+                (['--show-views', 'no/such/x.png', '--data', home() / 'tiny.npz'], 'no/such'),
+                *((['--method', 'ae', '--name', name], '--name') for name in ('', '.', '..', 'a/b', '/tmp/x', 'x/'))):
+            with mock.patch.object(data, 'find_fashion_mnist', side_effect=ValueError('Fashion-MNIST was wanted')):
+                refused(*words, cwd=cwd, said=[said])
+        assert not list(cwd.iterdir())
+
+
+def test_an_empty_data_flag_is_not_taken_for_fashion_mnist():
+    with folder() as cwd, mock.patch.object(data, 'find_fashion_mnist', side_effect=AssertionError('looked for it')):
+        refused('--method', 'ae', '--data', '', cwd=cwd, said=['--data'])
+        assert not list(cwd.iterdir())
+
+
+def test_a_device_that_can_not_be_used_is_one_line_and_starts_nothing():
+    with folder() as cwd:
+        for name in ['', 'gpu', 'cuda:99', 'cpu:x', 'meta', 'hpu', 'xla', 'mtia', 'privateuseone']:
+            refused(*tiny('ae'), '--data', home() / 'tiny.npz', '--device', name, cwd=cwd, said=['--device'])
+        assert not list(cwd.iterdir())
+
+
+def test_a_flag_that_does_not_belong_to_the_method_is_refused():
+    assert {d for d in cli.PER_METHOD} <= set(flags())
+    with folder() as cwd:
+        for dest, action in flags().items():
+            if dest in cli.PER_METHOD:
+                value = [] if action.nargs == 0 else [next(str(v) for v in cli.PER_METHOD[dest].values())]
+                for method in set(cli.METHODS) - set(takers(dest)):
+                    refused('--method', method, action.option_strings[0], *value, cwd=cwd, said=['it is for'])
+        assert not list(cwd.iterdir())
+
+
+def test_a_flag_that_a_command_would_ignore_is_refused():
+    with folder() as cwd:
+        refused('--method', 'ae', '--show-views', 'v.png', '--data', home() / 'tiny.npz', cwd=cwd, said=['simclr'])
+        for command in ['--compare'], ['--fetch'], ['--evaluate', finished('ae')]:
+            with mock.patch.object(data, 'find_fashion_mnist', return_value='nowhere'):
+                refused(*command, '--tau', 0.3, cwd=cwd, said=['--tau'])
+        assert not list(cwd.iterdir())
+
+
+def test_every_training_flag_changes_what_is_trained():
+    other = {'net': 'conv', 'width': 0.3, 'latent': 3, 'epochs': 2, 'lr': 0.01, 'weight_decay': 0.5, 'warmup': 3,
+             'batch_size': {**dict.fromkeys(UNLABELLED, 8), 'classify': 2500},
+             'schedule': {**dict.fromkeys(TRAINED, 'constant'), 'ae': 'cosine'},
+             'noise': 0.3, 'beta': 3, 'likelihood': 'gaussian', 'tau': 1, 'crop': 0.9, 'rotate': 90, 'jitter': 0,
+             'blur': 1, 'cutout': 0.5, 'flip': '--no-flip', 'amp': '--amp', 'freeze': '--freeze', 'labels': 12,
+             'pick': 'coverage', 'head': 'mlp', 'mixup': 0, 'seed': 1, 'limit': 30,
+             'val': dict.fromkeys(UNLABELLED, 1)}
+    elsewhere = {'patience', 'min_delta', 'save_every', 'method', 'evaluate', 'compare', 'show_views', 'fetch',
+                 'data', 'name', 'resume', 'overwrite', 'device', 'encoder'}
+    assert set(other) | elsewhere == set(flags()), 'a flag without a test'
+    with folder() as cwd, only_training():
+        x, y = pictures(45, 8, 8)
+        write_npz(cwd / 'small.npz', x_train=x, y_train=y)
+        def trained(method, *more):
+            batch = 14 if method in UNLABELLED else 3000
+            code, _, err = run(*tiny(method), '--data', 'small.npz', '--epochs', 1, '--warmup', 0,
+                               '--batch-size', batch, '--overwrite', *more, cwd=cwd)
+            assert code == 0, err
+            return runs.state_digest(runs.load_checkpoint(cwd / 'runs' / method / 'checkpoint.pt')['model'])
+        for method in TRAINED:
+            plain = trained(method)
+            assert trained(method) == plain
+            for dest, value in other.items():
+                if method in takers(dest):
+                    value = value.get(method) if isinstance(value, dict) else value
+                    if value is None:                                     # no pictures are kept for validation
+                        continue
+                    words = [value] if str(value).startswith('--') else ['--' + dest.replace('_', '-'), value]
+                    assert trained(method, *words) != plain, (method, dest)
+
+
+def test_training_stops_early_by_patience_and_min_delta():
+    with folder() as cwd, only_training():
+        write_npz(cwd / 'tiny.npz')
+        for patience, min_delta, epochs in (5, 0.001, 6), (1, 1e5, 2), (2, 1e5, 3), (0, 1e5, 6), (1, 0, 6):
+            code, _, err = run(*tiny('ae'), '--epochs', 6, '--overwrite', '--patience', patience,
+                               '--min-delta', min_delta, cwd=cwd)
+            assert code == 0 and len(logged(cwd / 'runs' / 'ae')) == epochs, (patience, min_delta, err)
+
+
+# fetch.py ----------------------------------------------------------------------------------------------------
+
+FILE = bytes(range(256)) * 1000                                           # what the mirrors of these tests hold
+
+
+class Response:
+    """What `fetch.open_url` returns: `data`, at most 10,000 bytes a read, then `error` if there is one."""
+
+    def __init__(self, data, status=200, headers=(), error=None):
+        self.data, self.status, self.headers, self.error, self.sent = data, status, dict(headers), error, 0
+
+    def read(self, n):
+        chunk = self.data[self.sent:self.sent + min(n, 10_000)]
+        self.sent += len(chunk)
+        if not chunk and self.error:
+            raise self.error
+        return chunk
+
+    def close(self):
+        pass
+
+
+def rest(start, data=FILE):
+    return Response(data[start:], 206, {'Content-Range': f'bytes {start}-{len(data) - 1}/{len(data)}',
+                                        'Content-Length': str(len(data) - start)})
+
+
+def rest_or_whole(start):
+    return rest(start) if start else Response(FILE)
+
+
+def http_error(code):
+    raise urllib.error.HTTPError('https://a/pictures.gz', code, 'no', {}, None)
+
+
+def fetched(mirrors, part=None, wanted=FILE):
+    """Downloads `wanted` from mirrors {host: function of start}: (file, part or None, requests, error)."""
+    def open_url(url, start):
+        host = url.split('/')[2]
+        requests.append((host, start))
+        return mirrors[host](start)
+
+    requests, error = [], None
+    with folder() as f, mock.patch.object(fetch, 'open_url', open_url), contextlib.redirect_stderr(io.StringIO()):
+        if part is not None:
+            (f / 'pictures.gz.part').write_bytes(part)
+        try:
+            fetch.download([f'https://{host}/pictures.gz' for host in mirrors], str(f / 'pictures.gz'),
+                           hashlib.sha256(wanted).hexdigest(), len(wanted))
+        except OSError as e:
+            error = e
+        left = {p.name: p.read_bytes() for p in f.iterdir()}
+    return left.pop('pictures.gz', None), left.pop('pictures.gz.part', None), requests, error
+
+
+def test_download_writes_the_whole_file_and_leaves_no_part():
+    assert fetched({'a': lambda start: Response(FILE)}) == (FILE, None, [('a', 0)], None)
+
+
+def test_download_resumes_a_broken_part():
+    broken = Response(FILE[:70_000], error=ConnectionResetError('reset'))
+    assert fetched({'a': lambda start: broken, 'b': rest}) == (FILE, None, [('a', 0), ('b', 70_000)], None)
+    silent = Response(FILE[:70_000])                                      # a connection that just ends
+    assert fetched({'a': lambda start: silent, 'b': rest}) == (FILE, None, [('a', 0), ('b', 70_000)], None)
+    assert fetched({'a': rest}, part=FILE[:5]) == (FILE, None, [('a', 5)], None)
+    assert fetched({'a': rest}, part=FILE) == (FILE, None, [], None)      # killed just before the rename
+
+
+def test_download_keeps_the_part_for_the_next_try():
+    broken = Response(FILE[:70_000], error=TimeoutError('timed out'))
+    whole, part, _, error = fetched({'a': lambda start: broken})
+    assert whole is None and part == FILE[:70_000] and isinstance(error, ConnectionError)
+
+
+def test_download_starts_over_when_the_range_is_ignored_or_refused_or_the_part_too_long():
+    assert fetched({'a': lambda start: Response(FILE)}, part=b'junk') == (FILE, None, [('a', 4)], None)
+    refuses = lambda start: http_error(416) if start else Response(FILE)
+    assert fetched({'a': refuses}, part=FILE[:9]) == (FILE, None, [('a', 9), ('a', 0)], None)
+    assert fetched({'a': rest_or_whole}, part=FILE + b'x') == (FILE, None, [('a', 0)], None)
+
+
+def test_download_verifies_a_resumed_part_whole():
+    requests = [('a', 9), ('a', 0)]                                       # the part was wrong: once more, from zero
+    assert fetched({'a': rest_or_whole}, part=b'not these') == (FILE, None, requests, None)
+    assert fetched({'a': rest_or_whole}, part=bytes(len(FILE))) == (FILE, None, [('a', 0)], None)
+
+
+def test_download_takes_the_next_mirror_after_a_wrong_digest():
+    wrong = lambda start: Response(bytes(len(FILE)))
+    assert fetched({'a': wrong, 'b': rest_or_whole}) == (FILE, None, [('a', 0), ('b', 0)], None)
+    whole, part, _, error = fetched({'a': wrong})
+    assert whole is None and part is None and 'a (wrong SHA-256)' in str(error)
+
+
+def test_download_reads_one_byte_too_many_at_most():
+    endless = Response(FILE * 2)
+    whole, part, _, error = fetched({'a': lambda start: endless})
+    assert whole is None and part is None and endless.sent == len(FILE) + 1
+    assert 'sent more than 256000 bytes' in str(error)
+
+
+def test_download_does_not_start_a_file_of_another_length():
+    page = Response(b'<html>log in</html>', headers={'Content-Length': '19'})
+    whole, part, _, error = fetched({'a': lambda start: page}, part=FILE[:9])
+    assert whole is None and part == FILE[:9] and page.sent == 0 and 'HTTP 200 with 19 bytes' in str(error)
+
+
+def test_download_refuses_http_even_after_a_redirect():
+    for url in 'http://a/pictures.gz', 'file:///etc/passwd', 'ftp://a/pictures.gz':
+        with raises(ValueError, 'not an https URL'):
+            fetch.download([url], 'unused', '', 1)
+    request = urllib.request.Request('https://a/x', headers={'Range': 'bytes=5-'})
+    follow = fetch.HttpsOnly().redirect_request
+    assert follow(request, None, 302, '', {}, 'https://b/x').get_header('Range') == 'bytes=5-'
+    with raises(urllib.error.URLError, 'redirects away from https'):
+        follow(request, None, 302, '', {}, 'http://b/x')
+
+
+def test_download_says_in_one_sentence_why_every_mirror_failed():
+    def unknown(start):
+        raise urllib.error.URLError(OSError(-2, 'Name or service not known'))
+
+    whole, part, _, error = fetched({'a.org': unknown, 'b.org': lambda start: http_error(503)})
+    assert whole is None and part is None and isinstance(error, ConnectionError)
+    assert str(error) == ('pictures.gz could not be downloaded: '
+                          'a.org (Name or service not known), b.org (HTTP 503)')
+
+
+def test_download_lets_a_full_disk_be_an_error_of_its_own():
+    posix()
+    with full_disk(100_000):
+        _, part, requests, error = fetched({'a': lambda start: Response(FILE), 'b': rest_or_whole})
+    assert error.errno == errno.EFBIG and not isinstance(error, ConnectionError) and requests == [('a', 0)]
+    assert len(part) == 100_000 and FILE.startswith(part)                 # kept for the next try
+
+
+def test_fashion_mnist_downloads_only_the_files_that_are_missing():
+    names, asked = list(fetch.FASHION_MNIST), []
+    download = lambda urls, path, sha256, size: asked.append((os.path.basename(path), len(urls), size))
+    with folder() as f, mock.patch.object(fetch, 'download', download):
+        (f / names[0]).touch()
+        fetch.fashion_mnist(str(f))
+    assert asked == [(name, 3, fetch.FASHION_MNIST[name][1]) for name in names[1:]]
+    assert all(len(sha256) == 64 for sha256, _ in fetch.FASHION_MNIST.values())
+
+
+# data.py -----------------------------------------------------------------------------------------------------
+
+IDX_FORMATS = {0x08: 'B', 0x09: 'b', 0x0B: 'h', 0x0C: 'i', 0x0D: 'f', 0x0E: 'd'}
+SHAPES = [(), (5,), (0,), (2, 3), (0, 4), (3, 1, 2), (2, 2, 1, 3)]
+
+
+def idx(code, shape, values):
+    """An IDX file by hand: magic, big-endian sizes, big-endian values."""
+    return (struct.pack('>BBBB', 0, 0, code, len(shape)) + struct.pack(f'>{len(shape)}I', *shape)
+            + struct.pack(f'>{len(values)}{IDX_FORMATS[code]}', *values))
+
+
+def idx_values(code, n):
+    extreme = {0x08: [255, 0], 0x09: [-128, 127], 0x0B: [-2**15, 2**15 - 1], 0x0C: [-2**31, 2**31 - 1],
+               0x0D: [-1.5, 2.0**100], 0x0E: [-0.1, 1e300]}[code]
+    return (extreme + list(range(n)))[:n]
+
+
+def test_idx_of_every_type_and_shape_is_read_and_written_byte_for_byte():
+    with folder() as f:
+        for code, shape in itertools.product(IDX_FORMATS, SHAPES):
+            values = idx_values(code, math.prod(shape))
+            blob, path = idx(code, shape, values), f / 'named.gz'                    # content decides, not the name
+            for content in blob, gzip.compress(blob):
+                path.write_bytes(content)
+                array = data.read_idx(path)
+                assert array.shape == shape and array.ravel().tolist() == values
+                assert array.dtype.char == IDX_FORMATS[code] and array.dtype.isnative and array.flags.writeable
+            for name in 'plain', 'packed.gz':
+                data.write_idx(f / name, array)
+                content = (f / name).read_bytes()
+                assert (gzip.decompress(content) if name == 'packed.gz' else content) == blob
+        for wrong in np.zeros(2), np.zeros(2, int), np.zeros(2, bool), np.zeros(2, complex):
+            if wrong.dtype != float:
+                with raises(ValueError, wrong.dtype):
+                    data.write_idx(f / 'wrong', wrong)
+        data.write_idx(f / 'swapped', np.array([1, 258], '>i2'))
+        assert (f / 'swapped').read_bytes() == idx(0x0B, (2,), [1, 258])
+
+
+def test_read_idx_names_what_is_wrong_with_a_file():
+    good = idx(8, (2, 3), range(6))
+    huge = struct.pack('>BBBBII', 0, 0, 8, 2, 2**32 - 1, 2**32 - 1)
+    with folder() as f:
+        for content, said in ((b'', 'is empty'), (good[:3], 'starts with'), (b'\x89PNG', 'starts with 0x89504e47'),
+                              (b'\0\0\x0a\1', 'starts with'), (good[:7], 'ends inside its header'),
+                              (good[:-1], 'only 5 bytes'), (good + b'x', 'more bytes'), (huge, 'announces'),
+                              (gzip.compress(good)[:-9], 'broken gzip'), (gzip.compress(good) + b'x', 'broken gzip'),
+                              (gzip.compress(good + b'x'), 'more'), (gzip.compress(b''), 'is empty'),
+                              (b'\0\0\x08\xff' + b'\0\0\0\1' * 255 + b'x', '255 dimensions'),
+                              (struct.pack('>BBBB4I', 0, 0, 8, 4, 0, *[2**32 - 1] * 3), '')):
+            (f / 'x').write_bytes(content)
+            with raises(ValueError, f / 'x', said):
+                data.read_idx(f / 'x')
+
+
+def test_a_gzip_bomb_is_refused_in_bounded_memory():
+    bomb = gzip.compress(idx(8, (100,), range(100)) + bytes(1 << 28), 1)
+    with folder() as f:
+        (f / 'bomb').write_bytes(bomb)
+        (f / 'tera').write_bytes(gzip.compress(b'\0\0\x0e\2' + b'\xff' * 8))
+        tracemalloc.start()
+        try:
+            for name in 'bomb', 'tera':
+                with raises(ValueError, name):
+                    data.read_idx(f / name)
+            assert tracemalloc.get_traced_memory()[1] < 50e6
+        finally:
+            tracemalloc.stop()
+
+
+def spoil(blob, rng):
+    """The bytes with one fault: cut, lengthened, bits flipped, a stretch overwritten, cut out or moved."""
+    blob, i, j = bytearray(blob), *sorted(rng.integers(0, len(blob) + 1, 2))
+    fault = rng.integers(7)
+    if fault == 0:
+        return bytes(blob[:i])
+    if fault == 1:
+        return bytes(blob + rng.bytes(j - i))
+    if fault == 2:
+        return bytes(blob[:i] + blob[j:])
+    if fault == 3:
+        return bytes(blob[j:] + blob[:j])
+    if fault == 4:
+        blob[i:i + 4] = b'\xff' * len(blob[i:i + 4])
+    elif fault == 5:
+        blob[i:j] = rng.bytes(j - i)
+    else:
+        for k in rng.integers(0, len(blob), rng.integers(1, 4)):
+            blob[k] ^= 1 << rng.integers(8)
+    return bytes(blob)
+
+
+def fuzz(read, path, blobs, cases, seed=0):
+    """(read, refused) counts of `cases` spoilt files: only a ValueError of one line that names the file may come."""
+    rng, counts = np.random.default_rng(seed), [0, 0]
+    for case in range(cases):
+        path.write_bytes(spoil(blobs[case % len(blobs)], rng))
+        try:
+            read(path)
+            counts[0] += 1
+        except ValueError as e:
+            assert '\n' not in str(e) and path.stem in str(e), f'case {case}: {e!r}'
+            counts[1] += 1
+        except Exception as e:
+            raise AssertionError(f'case {case}: {e!r} instead of a ValueError') from e
+    return counts
+
+
+def test_fuzzed_idx_files_are_read_or_refused():
+    blobs = [idx(code, shape, idx_values(code, math.prod(shape))) for code, shape in
+             ((8, (3, 4, 5)), (0x0E, (2, 3)), (0x0B, (7,)), (8, ()))]
+    with folder() as f:
+        read, refused = fuzz(data.read_idx, f / 'fuzz', blobs + [gzip.compress(b) for b in blobs], 3000)
+    assert read > 100 and refused > 2000
+
+
+def npz(**kwargs):
+    out = io.BytesIO()
+    np.savez_compressed(out, **kwargs) if kwargs.pop('packed', False) else np.savez(out, **kwargs)
+    return out.getvalue()
+
+
+def test_fuzzed_npz_files_are_read_or_refused():
+    small = arrays(20, 4, H=8, W=8)
+    with folder() as f:
+        read, refused = fuzz(data.load, f / 'fuzz.npz', [npz(**small), npz(packed=True, **small)], 1500)
+    assert read > 20 and refused > 1000
+
+
+class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_inside_npz_is_refused_and_does_not_run():
+    with folder() as f:
+        evil = np.array([Evil(f / 'ran'), None], object)
+        for key in 'x_train', 'y_train', 'y_test':
+            (f / 'x.npz').write_bytes(npz(**{**arrays(20, 4), key: evil}))
+            with raises(ValueError, 'x.npz'):
+                data.load(f / 'x.npz')
+            assert not (f / 'ran').exists()
+        np.load(f / 'x.npz', allow_pickle=True)['y_test']
+        assert (f / 'ran').exists()                                       # it would have run
+
+
+def test_npz_mistakes_are_named():
+    good = arrays(20, 4)
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, 'w') as z:
+        z.writestr('x_train', b'these bytes are no array')
+    mistakes = [({'x_train': None}, 'wanted x_train'), ({'x_train': good['x_train'] / 255}, 'float64'),
+             ({'x_train': good['x_train'][0]}, '(10, 12)'), ({'x_train': good['x_train'][:, :7]}, '(20, 7, 12, 1)'),
+             ({'x_train': np.zeros((6, 9, 9, 2), np.uint8)}, '(6, 9, 9, 2)'),
+             ({'x_train': np.zeros((3, 9, 9, 9, 3), np.uint8)}, '(3, 9, 9, 9, 3)'),
+             ({'x_train': good['x_train'][:19]}, '19 pictures'), ({'x_train': good['x_train'][:0]}, '0 pictures'),
+             ({'x_train': np.uint8(5)}, ''), ({'y_train': np.int64(5)}, ''),
+             ({'y_train': good['y_train'][:5]}, '(5,)'), ({'y_train': good['y_train'] - 1}, 'from -1'),
+             ({'y_train': good['y_train'] * 10_000}, '20000'), ({'y_train': good['y_train'] / 1}, 'float64'),
+             ({'y_test': good['y_test'][:, None]}, '(4, 1)'), ({'x_test': good['x_test'][:, :9]}, 'same shape'),
+             ({'x_test': good['x_test'][:0]}, 'x_test holds 0'), ({'y_train': np.array(list('ab' * 10))}, '<U1')]
+    with folder() as f:
+        for change, said in mistakes:
+            (f / 'x.npz').write_bytes(npz(**{k: v for k, v in {**good, **change}.items() if v is not None}))
+            with raises(ValueError, said):
+                data.load(f / 'x.npz')
+        for content in b'', b'text', npz(**good)[:-30], raw.getvalue():
+            (f / 'x.npz').write_bytes(content)
+            with raises(ValueError, 'x.npz'):
+                data.load(f / 'x.npz')
+
+
+def test_data_sets_from_idx_folders_and_npz_are_the_same_pictures_channels_first():
+    for C in 1, 3:
+        kept = arrays(22, 4, C=C)
+        with folder() as f:
+            (f / 'x.npz').write_bytes(npz(**kept))
+            for key, array in kept.items():
+                data.write_idx(f / (data.IDX_NAMES[key] + '.gz' * key.endswith('test')), array.astype(np.uint8))
+            a, b = data.load(f / 'x.npz'), data.load(f)
+            (f / 'x.npz').write_bytes(npz(x_train=kept['x_train']))
+            bare, first = data.load(f / 'x.npz'), data.load(f, limit=21)
+        assert a.digest == b.digest != first.digest and a.shape == (C, 10, 12) and a.classes == ['0', '1', '2']
+        for key in 'x_train', 'x_test':
+            x = kept[key].reshape(-1, 10, 12, C)
+            found = getattr(a, key).tolist()
+            for n, c, h, w in itertools.product(range(len(x)), range(C), range(10), range(12)):
+                assert found[n][c][h][w] == x[n, h, w, c]
+        assert a.y_test.tolist() == kept['y_test'].tolist() and a.y_train.dtype == torch.int64
+        assert bare.y_train is bare.x_test is bare.y_test is None and bare.classes == []
+        assert torch.equal(first.x_train, a.x_train[:21]) and len(first.y_train) == 21 and len(first.x_test) == 4
+
+
+def test_split_is_a_function_of_the_seed_disjoint_and_complete():
+    for n, n_val, wanted in (100, 7, 7), (100, 5000, 10), (60_000, 5000, 5000), (20, 5000, 2), (3, 5, 1):
+        a, b = data.split(n, n_val, 0)
+        assert len(b) == wanted and sorted(a.tolist() + b.tolist()) == list(range(n))
+        again = data.split(n, n_val, 0)
+        assert torch.equal(again[0], a) and torch.equal(again[1], b)
+    assert not torch.equal(data.split(100, 7, 0)[1], data.split(100, 7, 1)[1])
+
+
+def test_batches_hold_every_picture_once_in_an_order_that_seed_and_epoch_fix():
+    for n, size in itertools.product((2, 3, 5, 19, 20, 97, 200), (2, 3, 7, 19, 20, 500)):
+        seen = lambda *key, n=n, size=size: [(step, ids.tolist()) for step, ids in data.batches(n, size, *key)]
+        batches = seen(0, 1)
+        sizes = [len(ids) for _, ids in batches]
+        assert sorted(sum((ids for _, ids in batches), [])) == list(range(n))
+        assert [step for step, _ in batches] == list(range(data.steps_per_epoch(n, size)))
+        assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 2 and max(sizes) <= max(size, 3), (n, size, sizes)
+        assert seen(0, 1) == batches
+        for start in range(len(batches) + 1):
+            assert seen(0, 1, start) == batches[start:]
+    assert len({str(seen(seed, epoch)) for seed in (0, 1) for epoch in (1, 2, 3)}) == 6
+
+
+def test_to_float_is_division_by_255():
+    x = torch.arange(256, dtype=torch.uint8)
+    assert close(data.to_float(x), np.arange(256) / 255, 1e-7) and x[255] == 255
+
+
+def test_generator_is_a_function_of_its_whole_key():
+    keys = [(0, 1, 2), (0, 12), (0, 1, 3), (1, 1, 2), (0, 1, 2, 'val'), (0, '1', 2)]
+    draws = [data.generator('cpu', *key).initial_seed() for key in keys * 2]
+    assert draws[:6] == draws[6:] and len(set(draws)) == 6
+
+
+ALL_ON = data.Views(blur=0.5, cutout=0.3, noise=0.1)
+ALL_OFF = data.Views(crop=1, flip=False, rotate=0, jitter=0)
+
+
+def test_views_keep_shape_and_range_and_repeat_by_generator():
+    for C, H, W in (1, 28, 28), (3, 9, 13), (1, 8, 8), (3, 33, 19):
+        x = rand(6, C, H, W)
+        kept = x.clone()
+        views = data.augment(x, ALL_ON, data.generator('cpu', 1))
+        assert views.shape == x.shape and 0 <= views.min() and views.max() <= 1 and torch.equal(x, kept)
+        assert torch.equal(views, data.augment(x, ALL_ON, data.generator('cpu', 1)))
+        assert not torch.equal(views, data.augment(x, ALL_ON, data.generator('cpu', 2)))
+        assert torch.equal(data.augment(x, ALL_OFF, data.generator('cpu', 1)), x)
+
+
+def test_flip_alone_is_the_picture_or_its_mirror():
+    for H, W in (8, 8), (9, 13):
+        x = rand(200, 3, H, W)
+        flipped = data.warp(x, 1, True, 0, data.generator('cpu', 0))
+        same, mirrored = ((flipped - v).abs().amax((1, 2, 3)) < 1e-4 for v in (x, x.flip(3)))
+        assert (same ^ mirrored).all() and 70 < same.sum() < 130
+
+
+def test_warp_samples_the_window_it_drew():
+    """Against scipy, in pixels: a window of the drawn extents and centre, mirrored, turned, sampled bilinearly."""
+    for (H, W), flip, rotate in itertools.product([(9, 13), (28, 28)], (False, True), (0, 30)):
+        x = rand(20, 2, H, W)
+        views, g = data.warp(x, 0.3, flip, rotate, data.generator('cpu', 3)), data.generator('cpu', 3)
+        draw = lambda low, high, g=g: (torch.rand(20, generator=g) * (high - low) + low).double().numpy()
+        area, ratio = draw(0.3, 1), np.exp(draw(math.log(3 / 4), math.log(4 / 3)))
+        w, h = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)
+        cx, cy = draw(-1, 1) * (1 - w) * W / 2, draw(-1, 1) * (1 - h) * H / 2
+        mirror = np.where(draw(0, 1) < 0.5, 1, -1) if flip else np.ones(20)
+        angle = draw(-1, 1) * math.radians(rotate)
+        assert (abs(cx) + w * W / 2 <= W / 2 + 1e-6).all() and (abs(cy) + h * H / 2 <= H / 2 + 1e-6).all()
+        dy, dx = np.mgrid[:H, :W] - np.array([(H - 1) / 2, (W - 1) / 2]).reshape(2, 1, 1)
+        for i in range(20):
+            u, v = dx * w[i] * mirror[i], dy * h[i]
+            if mirror[i] < 0:
+                u, v = -dx * w[i], dy * h[i]
+            across = math.cos(angle[i]) * u - math.sin(angle[i]) * v + cx[i] + (W - 1) / 2
+            down = math.sin(angle[i]) * u * 1 + math.cos(angle[i]) * v + cy[i] + (H - 1) / 2
+            for c in range(2):
+                wanted = scipy.ndimage.map_coordinates(x[i, c].numpy(), [down, across], order=1, mode='grid-constant')
+                assert close(views[i, c], wanted, 1e-4)
+
+
+def test_jitter_on_grey_is_brightness_and_contrast_and_nothing_else():
+    x = rand(50, 1, 9, 8) * 0.2 + 0.4                                     # in the middle: nothing is clipped
+    out = data.color_jitter(x, 0.1, data.generator('cpu', 0))
+    for a, b in zip(x.flatten(1).double().numpy(), out.flatten(1).double().numpy()):
+        slope, offset = np.polyfit(a, b, 1)                               # contrast, then what brightness adds
+        assert close(b, slope * a + offset, 1e-5) and 0.8 < slope < 1.22
+        bright = b.mean() / a.mean()
+        assert 0.9 - 1e-6 <= bright <= 1.1 + 1e-6 and 0.9 - 1e-6 <= slope / bright <= 1.1 + 1e-6
+
+
+def test_colour_jitter_parts_by_their_formulas():
+    x, k = rand(4, 3, 5, 6), torch.tensor([0.299, 0.587, 0.114])
+    luma = torch.einsum('nchw,c->nhw', x, k)
+    f = (torch.rand(4, 1, generator=data.generator('cpu', 0)) * 0.8 + 0.6).view(4, 1, 1, 1)
+    part = lambda name: getattr(data, name)(x, 0.4, data.generator('cpu', 0))
+    assert close(part('_brightness'), x * f)
+    mean = luma.mean((1, 2)).view(4, 1, 1, 1)
+    assert close(part('_contrast'), mean + (x - mean) * f)
+    assert close(part('_saturation'), luma[:, None] + (x - luma[:, None]) * f)
+    turned = part('_hue')
+    assert close(torch.einsum('nchw,c->nhw', turned, k), luma, 1e-5) and (turned - x).abs().max() > 0.05
+    assert close(data._hue(x, 0, data.generator('cpu', 0)), x)
+    grey = x[:, :1].expand(-1, 3, -1, -1)
+    assert close(data._hue(grey, 0.4, data.generator('cpu', 0)), grey, 2e-3)   # YIQ rows sum to 0 to 3 digits
+
+
+def test_blur_keeps_the_sum_is_symmetrical_and_scales_with_the_picture():
+    for side, taps in (28, 3), (96, 9), (9, 3):
+        x = torch.zeros(60, 1, side, side)
+        x[:, :, side // 2, side // 2] = 1
+        out = data.blur(x, 1.0, data.generator('cpu', 0))
+        m, r = side // 2, taps // 2
+        core = out[:, 0, m - r:m + r + 1, m - r:m + r + 1]
+        assert close(out.sum((1, 2, 3)), np.ones(60)) and close(core.sum((1, 2)), np.ones(60))
+        assert close(core, core.transpose(1, 2)) and close(core, core.flip(1)) and close(core, core.flip(2))
+        peak = core[:, r, r]
+        assert peak.min() < 0.5 < 0.95 < peak.max()                       # strong to none: not degenerate at 28
+        ratio = core[:, r, 2:].div(core[:, r, 1:-1])[:, r - 1] if r else peak
+        sigma = (-0.5 / ratio.clamp(1e-30).double().log()).sqrt()         # w(1) / w(0) = exp(-1 / 2 sigma^2)
+        i, j = np.mgrid[-r:r + 1, -r:r + 1]
+        gauss = np.exp(-(i ** 2 + j ** 2) / (2 * sigma[0].item() ** 2))
+        assert close(core[0], gauss / gauss.sum(), 1e-4)
+    x = rand(400, 3, 28, 28)
+    changed = (data.blur(x, 0.25, data.generator('cpu', 0)) - x).abs().amax((1, 2, 3)) > 1e-3
+    assert 50 < changed.sum() < 120
+    assert close(data.blur(torch.full((2, 1, 9, 13), 0.7), 1.0), torch.full((2, 1, 9, 13), 0.7))
+
+
+def test_cutout_erases_one_square_of_the_size_asked_for():
+    x, g = torch.ones(50, 3, 9, 14), data.generator('cpu', 5)
+    out = data.cutout(x, 0.4, data.generator('cpu', 5))
+    cy, cx = (torch.rand(50, 1, generator=g).flatten() * n for n in (9, 14))
+    for i, h, w in itertools.product(range(50), range(9), range(14)):
+        inside = abs(h + 0.5 - cy[i]) <= 0.4 * 9 / 2 and abs(w + 0.5 - cx[i]) <= 0.4 * 14 / 2
+        assert out[i, :, h, w].tolist() == [0.0 if inside else 1.0] * 3
+
+
+def test_noise_has_the_standard_deviation_asked_for():
+    x = torch.full((50, 1, 40, 40), 0.5)
+    noise = data.add_noise(x, 0.05, data.generator('cpu', 0)) - x
+    assert abs(noise.std() - 0.05) < 5e-4 and abs(noise.mean()) < 5e-4 and x.unique().tolist() == [0.5]
+    assert abs((noise / 0.05).pow(4).mean() - 3) < 0.1                    # a Gaussian's fourth moment
+    loud = data.add_noise(x, 5.0, data.generator('cpu', 0))
+    assert loud.min() == 0 and loud.max() == 1
+
+
+# nets.py -----------------------------------------------------------------------------------------------------
+
+SIZES = [(8, 8), (9, 13), (28, 28), (33, 19)]
+
+
+def test_every_model_gives_back_exactly_its_height_and_width():
+    for (H, W), C, method, net in itertools.product(SIZES, (1, 3), ('ae', 'conv', 'vae'), ('fc', 'conv', 'resnet')):
+        model, x = nets.build(method, net, (C, H, W), 0.1, 5), rand(2, C, H, W)
+        assert model.encode(x).shape == (2, 5) and model.decode(model.encode(x)).shape == (2, C, H, W)
+        out = model(x)[0] if method == 'vae' else model(x)
+        assert out.shape == x.shape
+    with raises(ValueError, 'pca'):
+        nets.build('pca', 'fc', (1, 8, 8))
+
+
+def test_encoders_have_the_dimension_they_state_and_the_maps_they_compute():
+    for (H, W), C, net in itertools.product(SIZES + [(64, 65)], (1, 3), ('fc', 'conv', 'resnet')):
+        for dim in None, 7:
+            encoder = nets.Encoder(net, (C, H, W), 0.1, dim)
+            assert encoder(rand(2, C, H, W)).shape == (2, encoder.dim) and encoder.dim == (dim or encoder.dim)
+        if net != 'fc':
+            body, c, h, w = {'conv': nets.convnet, 'resnet': nets.resnet}[net](C, H, W, 0.1)
+            assert body(rand(2, C, H, W)).shape == (2, c, h, w)
+    assert nets.resnet(1, 28, 28, 1.0)[1:] == (256, 4, 4) and nets.resnet(3, 96, 96, 0.1)[1:] == (48, 6, 6)
+    assert nets.Encoder('resnet', (1, 28, 28)).dim == 256 and nets.Encoder('fc', (1, 28, 28)).dim == 64
+
+
+def test_conv_encoder_at_96_pixels_has_4_7_million_parameters():
+    assert 4.6e6 < nets.size(nets.Encoder('conv', (3, 96, 96))) < 4.8e6
+
+
+def test_fc_autoencoder_is_784_256_64_256_784():
+    model = nets.build('ae', 'fc', (1, 28, 28))
+    shapes = [tuple(p.shape) for p in model.parameters() if p.ndim == 2]
+    assert shapes == [(256, 784), (64, 256), (256, 64), (784, 256)]
+    assert nets.size(model) == sum(a * b + a for a, b in shapes)
+
+
+def test_width_scales_every_network():
+    assert [nets.channels(64, w) for w in (0.01, 0.5, 1, 1.06, 2)] == [8, 32, 64, 64 + 8 * (64 * 1.06 / 8 > 8.5), 128]
+    for method, net in itertools.product(UNLABELLED, ('fc', 'conv', 'resnet')):
+        sizes = [nets.size(nets.build(method, net, (1, 10, 10), width, 8)) for width in (0.25, 0.5, 1.0)]
+        assert sizes[0] < sizes[1] < sizes[2] and (method == 'ae' or sizes[2] > 2 * sizes[1])
+
+
+def test_reparameterize_draws_from_the_posterior_and_lets_gradients_through():
+    mu, logvar = (torch.full((100_000,), v, requires_grad=True) for v in (2.0, math.log(9)))
+    z = nets.reparameterize(mu, logvar, data.generator('cpu', 0))
+    assert abs(z.mean() - 2) < 0.05 and abs(z.std() - 3) < 0.05
+    z.sum().backward()
+    assert close(mu.grad, np.ones(100_000)) and close(logvar.grad, (z - mu).detach() / 2, 1e-4)   # sigma eps / 2
+
+
+def test_vae_codes_are_means_and_pictures_come_from_the_prior():
+    torch.manual_seed(0)
+    model, x = nets.build('vae', 'fc', (1, 8, 9), 0.1, 5).eval(), rand(4, 1, 8, 9)
+    mu, logvar = model.posterior(x)
+    assert torch.equal(model.encode(x), mu) and torch.equal(mu, model.encoder(x)[:, :5])
+    assert torch.equal(logvar, model.encoder(x)[:, 5:].clamp(-10, 10))
+    logits, *_ = model(x, data.generator('cpu', 0))
+    assert torch.equal(logits, model.decoder(nets.reparameterize(mu, logvar, data.generator('cpu', 0))))
+    line = nets.interpolation(model, x[:1], x[1:2], 5)
+    assert close(line[0], model.decode(mu[:1])[0]) and close(line[4], model.decode(mu[1:2])[0])
+    assert close(line[1], model.decode(mu[:1] * 0.75 + mu[1:2] * 0.25)[0])
+    drawn = nets.samples(model, 5, 6, data.generator('cpu', 0))
+    assert torch.equal(drawn, model.decode(torch.randn(6, 5, generator=data.generator('cpu', 0))))
+
+
+# losses.py ---------------------------------------------------------------------------------------------------
+
+def nt_xent_by_loops(z1, z2, tau):
+    """Equation 1 of arXiv 2002.05709, one term after another, in float64."""
+    z = [v / v.norm() for v in torch.cat([z1, z2]).double()]
+    n, total = len(z), 0
+    for i in range(n):
+        j = (i + n // 2) % n
+        others = sum((z[i] @ z[k] / tau).exp() for k in range(n) if k != i)
+        total = total - ((z[i] @ z[j] / tau).exp() / others).log()
+    return total / n
+
+
+def test_nt_xent_is_equation_1_written_out():
+    for B, tau in itertools.product((1, 2, 5), (0.1, 0.5, 2.0)):
+        z1, z2 = randn(B, 7, seed=B).requires_grad_(), randn(B, 7, seed=9).requires_grad_()
+        loss, wanted = losses.nt_xent(z1, z2, tau), nt_xent_by_loops(z1, z2, tau)
+        assert close(loss, wanted)
+        for a, b in zip(torch.autograd.grad(loss, (z1, z2)), torch.autograd.grad(wanted, (z1, z2))):
+            assert close(a, b, 1e-4)
+
+
+def test_nt_xent_of_equal_rows_is_chance_and_small_tau_does_not_overflow():
+    for B, tau in itertools.product((1, 4, 100), (0.01, 0.5)):
+        z = torch.ones(B, 3) * 7
+        assert close(losses.nt_xent(z, z, tau), math.log(2 * B - 1), 1e-4)
+    z1, z2 = (torch.eye(4) * 1e3).requires_grad_(), -torch.eye(4) * 1e3
+    loss = losses.nt_xent(z1, z2, 0.01)                                   # positives opposed: 1 / tau + log 6, nearly
+    loss.backward()
+    assert close(loss, 100 + math.log(6), 1e-4) and z1.grad.isfinite().all()
+    assert losses.nt_xent(torch.eye(4), torch.eye(4), 0.01) < 1e-6
+
+
+def test_losses_are_float32_inside_bfloat16_autocast():
+    x, logits, mu, logvar = rand(3, 1, 4, 5), randn(3, 1, 4, 5), randn(3, 6, seed=1), randn(3, 6, seed=2)
+    for loss, args in ((losses.mse, (logits, x)), (losses.nt_xent, (mu, logvar, 0.1)),
+                       (lambda *v: losses.elbo(*v)[0], (logits, x, mu, logvar)),
+                       (lambda *v: losses.elbo(*v, likelihood='gaussian')[0], (logits, x, mu, logvar))):
+        plain = loss(*args)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            mixed = loss(*args)
+        assert mixed.dtype == torch.float32 and torch.equal(mixed, plain)
+        half = loss(*(a.bfloat16() if isinstance(a, torch.Tensor) else a for a in args))
+        rounded = loss(*(a.bfloat16().float() if isinstance(a, torch.Tensor) else a for a in args))
+        assert half.dtype == torch.float32 and torch.equal(half, rounded)
+
+
+def test_mse_is_a_mean_over_pixels_and_batch():
+    a, b = rand(2, 3, 4, 5), rand(2, 3, 4, 5, seed=1)
+    assert close(losses.mse(a, b), sum((p - q) ** 2 for p, q in zip(a.flatten().tolist(), b.flatten().tolist())) / 120)
+
+
+def test_cross_entropy_and_mixup_by_their_formulas():
+    logits, y, x = randn(6, 4), torch.arange(6) % 4, rand(6, 1, 8, 8)
+    log_p = (logits.double().exp() / logits.double().exp().sum(1, keepdim=True)).log()
+    assert close(losses.cross_entropy(logits, y), -sum(log_p[i, y[i]] for i in range(6)) / 6)
+    model = lambda x: x.flatten(1)[:, :4]
+    assert close(train.classification(model, x, y, None, ALL_OFF)[0], losses.cross_entropy(model(x), y))
+    loss, _ = train.classification(model, x, y, data.generator('cpu', 0), ALL_OFF, mixup=0.5)
+    g = data.generator('cpu', 0)
+    share, other = np.random.default_rng(g.initial_seed()).beta(0.5, 0.5), torch.randperm(6, generator=g)
+    target = share * torch.eye(4)[y] + (1 - share) * torch.eye(4)[y[other]]          # arXiv 1710.09412, eq. 1
+    mixed = model(share * x + (1 - share) * x[other]).double()
+    assert close(loss, -(target * (mixed - mixed.logsumexp(1, keepdim=True))).sum() / 6) and 0 < share < 1
+
+
+def test_elbo_agrees_with_torch_distributions():
+    from torch.distributions import Bernoulli, Normal, kl_divergence
+    x, logits, mu, logvar = rand(3, 2, 4, 5), randn(3, 2, 4, 5), randn(3, 6, seed=1), randn(3, 6, seed=2)
+    leaves = [v.requires_grad_() for v in (logits, mu, logvar)]
+    kl = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0, 1))
+    assert close(losses.kl_normal(mu, logvar), kl)
+    likelihoods = {'bernoulli': Bernoulli(logits=logits, validate_args=False),
+                   'gaussian': Normal(logits.sigmoid(), (1 / (2 * torch.pi)) ** 0.5)}
+    for (name, p), beta in itertools.product(likelihoods.items(), (0.0, 1.0, 4.0)):
+        recon_wanted, kl_wanted = -p.log_prob(x).sum() / 3, kl.sum() / 3    # sums, but a mean over the batch of 3
+        loss, recon, kl_found = losses.elbo(logits, x, mu, logvar, beta, likelihood=name)
+        assert close(recon, recon_wanted) and close(kl_found, kl_wanted)
+        assert close(loss, recon_wanted + beta * kl_wanted)
+        wanted = torch.autograd.grad(recon_wanted + beta * kl_wanted, leaves, retain_graph=True)
+        for a, b in zip(torch.autograd.grad(loss, leaves, retain_graph=True), wanted):
+            assert close(a, b, 1e-4)
+    with raises(ValueError, 'poisson'):
+        losses.elbo(logits, x, mu, logvar, likelihood='poisson')
+
+
+# distributed.py ----------------------------------------------------------------------------------------------
+
+TWO_STEPS = '''
+import sys, torch
+import data, distributed, losses, nets
+def two_steps():
+    torch.manual_seed(0)
+    model = distributed.sync_batchnorm(nets.build('simclr', 'resnet', (1, 8, 8), 0.1)).train()
+    opt, seen = torch.optim.SGD(model.parameters(), 0.1), []
+    x1, x2 = torch.rand(2, 12, 1, 8, 8, generator=data.generator('cpu', 0))
+    for step in range(2):
+        ids = distributed.share(torch.arange(6 * step, 6 * step + 6))
+        z1, z2 = map(distributed.gather, model(torch.cat([x1[ids], x2[ids]])).chunk(2))
+        loss = losses.nt_xent(z1, z2, 0.2)
+        opt.zero_grad()
+        loss.backward()
+        distributed.average_gradients(model)
+        opt.step()
+        seen.append(loss.item())
+    return seen, model.state_dict()
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    distributed.start(torch.device('cpu'))
+    result = two_steps()
+    if distributed.rank() == 0:
+        torch.save(result, sys.argv[1])
+    distributed.stop()
+'''
+
+
+def test_two_processes_with_half_a_batch_each_step_as_one_with_the_whole():
+    if not torch.distributed.is_gloo_available():
+        raise unittest.SkipTest('no gloo')
+    with folder() as f:
+        (f / 'two.py').write_text(TWO_STEPS)
+        process = python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, f / 'two.py', f / 'out',
+                         PYTHONPATH=str(HERE))
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        seen, state = torch.load(f / 'out', weights_only=True)
+    here = {'__name__': 'here'}
+    exec(TWO_STEPS, here)
+    wanted, alone = here['two_steps']()
+    assert close(seen, wanted, 1e-4) and state.keys() == alone.keys()
+    for name in alone:                                                    # BatchNorm buffers included
+        assert close(state[name], alone[name], 1e-3), name
+
+
+# evaluate.py -------------------------------------------------------------------------------------------------
+
+def ssim_by_loops(x, y, data_range, rows=11, cols=11):
+    """Wang et al. 2004 for one channel, window by window, pixel by pixel."""
+    w = [[math.exp(-((i - rows // 2) ** 2 + (j - cols // 2) ** 2) / (2 * 1.5 ** 2)) for j in range(cols)]
+         for i in range(rows)]
+    norm = sum(map(sum, w))
+    c1, c2, values = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2, []
+    for top, left in itertools.product(range(len(x) - rows + 1), range(len(x[0]) - cols + 1)):
+        cells = [(w[i][j] / norm, x[top + i][left + j], y[top + i][left + j])
+                 for i in range(rows) for j in range(cols)]
+        mx, my = sum(k * a for k, a, _ in cells), sum(k * b for k, _, b in cells)
+        vx, vy = sum(k * (a - mx) ** 2 for k, a, _ in cells), sum(k * (b - my) ** 2 for k, _, b in cells)
+        vxy = sum(k * (a - mx) * (b - my) for k, a, b in cells)
+        values.append((2 * mx * my + c1) * (2 * vxy + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2)))
+    return sum(values) / len(values)
+
+
+def test_ssim_is_wang_2004_by_scalar_loops():
+    for C, H, W, *taps in (1, 14, 13, 11, 11), (3, 12, 15, 11, 11), (1, 8, 9, 7, 9), (1, 10, 14, 9, 11):
+        for scale in 1.0, 255.0:
+            x = rand(2, C, H, W)
+            y = (x + 0.3 * randn(2, C, H, W, seed=1)).clamp(0, 1)
+            found = evaluate.ssim(x * scale, y * scale, scale)
+            for i in range(2):
+                by_channel = [ssim_by_loops((x[i, c] * scale).tolist(), (y[i, c] * scale).tolist(), scale, *taps)
+                              for c in range(C)]
+                assert close(found[i], sum(by_channel) / C, 1e-4)
+    assert close(evaluate.ssim(x, x), [1, 1]) and evaluate.ssim(x, 1 - x).max() < 0.5
+    flat = [torch.full((1, 1, 12, 12), v) for v in (0.2, 0.6)]
+    assert close(evaluate.ssim(*flat), [(2 * 0.12 + 1e-4) / (0.04 + 0.36 + 1e-4)], 1e-4)
+
+
+def test_psnr_is_20_db_for_a_tenth_of_the_range():
+    x = torch.full((2, 1, 8, 8), 0.5)
+    assert close(evaluate.psnr(x, x + 0.1), [20, 20], 1e-4)
+    assert close(evaluate.psnr(x * 255, x * 255 + 2.55, 255), [40, 40], 1e-4)
+    y = rand(2, 1, 8, 8)
+    assert close(evaluate.psnr(x, y), 10 * np.log10(1 / ((x - y) ** 2).double().mean((1, 2, 3)).numpy()))
+    assert evaluate.psnr(x, x).tolist() == [math.inf] * 2
+
+
+def blobs(n=60, K=3, D=2, spread=0.3, seed=0):
+    """(points (n, D) around K far centres, the blob of each)."""
+    y = torch.arange(n) % K
+    return randn(n, D, seed=seed) * spread + torch.eye(K, D)[y] * 10 + 5 * (y == K - 1)[:, None], y
+
+
+def test_kmeans_finds_blobs_and_repeats_by_seed():
+    x, y = blobs()
+    index, centres, inertia = evaluate.kmeans(x, 3, seed=4)
+    assert evaluate.hungarian_accuracy(index, y)[0] == 1
+    for i in range(3):
+        assert close(centres[i], x[index == i].mean(0))
+    assert close(inertia, sum(((x[index == i] - x[index == i].mean(0)) ** 2).sum() for i in range(3)), 1e-4)
+    again = evaluate.kmeans(x, 3, seed=4)
+    assert torch.equal(again[0], index) and torch.equal(again[1], centres) and again[2] == inertia
+
+
+def test_kmeans_reaches_the_best_of_all_assignments_of_tiny_sets():
+    for seed, k in itertools.product(range(4), (1, 2, 3)):
+        x = randn(7, 2, seed=seed)
+        points, best = x.double().numpy(), math.inf
+        for assignment in itertools.product(range(k), repeat=7):
+            parts = [points[np.array(assignment) == i] for i in range(k)]
+            if all(len(p) for p in parts):
+                best = min(best, sum(((p - p.mean(0)) ** 2).sum() for p in parts))
+        assert close(evaluate.kmeans(x, k, restarts=20)[2], best, 1e-4)
+
+
+def test_kmeans_restarts_an_empty_cluster_at_the_farthest_point():
+    x = torch.tensor([[0.0, 0], [0, 1], [1, 0], [9, 9], [9, 8]])
+    start = torch.tensor([[0.0, 0], [500, 500]])                          # nobody is nearest to the second
+    index, centres, _ = evaluate.kmeans(x, 2, iterations=1, centres=start)
+    assert close(centres, [[3.8, 3.6], [9, 9]])                           # the mean of all, and the farthest point
+    index, centres, _ = evaluate.kmeans(x, 2, centres=start)
+    assert index.tolist() == [0, 0, 0, 1, 1] and close(centres, [[1 / 3, 1 / 3], [9, 8.5]])
+    two_empty = torch.tensor([[0.0, 0], [500, 500], [600, 600]])
+    _, centres, _ = evaluate.kmeans(x, 3, iterations=1, centres=two_empty)
+    assert sorted(centres[1:].tolist()) == [[9, 8], [9, 9]]               # each a point of its own
+
+
+def test_kmeans_is_finite_for_equal_points_and_refuses_more_clusters_than_points():
+    for x in torch.ones(6, 3), torch.cat([torch.zeros(5, 2), torch.ones(1, 2)]), torch.zeros(1, 4):
+        for k in range(1, len(x) + 1):
+            index, centres, inertia = evaluate.kmeans(x, k)
+            assert centres.isfinite().all() and centres.shape == (k, x.shape[1]) and index.max() < k
+            assert inertia == 0 or k == 1
+        for k in 0, len(x) + 1:
+            with raises(ValueError, k, len(x)):
+                evaluate.kmeans(x, k)
+
+
+def test_nearest_agrees_with_scipy_also_in_chunks():
+    x, c = randn(50, 4), randn(7, 4, seed=1)
+    d = scipy.spatial.distance.cdist(x.numpy(), c.numpy(), 'sqeuclidean')
+    with mock.patch.object(evaluate, 'CHUNK', 30):
+        in_chunks = evaluate.nearest(x, c)
+    for index, dist in evaluate.nearest(x, c), in_chunks:
+        assert index.tolist() == d.argmin(1).tolist() and close(dist, d.min(1), 1e-4)
+
+
+def cases():
+    """Pairs of cluster ids and labels: fewer, as many and more clusters than classes, gaps, one cluster."""
+    rng = np.random.default_rng(0)
+    for clusters, classes in (2, 4), (3, 3), (5, 3), (4, 4), (1, 3), (3, 1):
+        yield rng.integers(0, clusters, 25), rng.integers(0, classes, 25)
+    yield np.array([0, 3, 3, 0, 5]), np.array([1, 1, 4, 4, 4])
+
+
+def test_hungarian_accuracy_is_the_best_of_all_matchings():
+    for pred, true in cases():
+        clusters, classes = int(pred.max()) + 1, int(true.max()) + 1
+        slots = list(range(classes)) + [-1] * clusters                    # -1: matched to no class, so all wrong
+        best = max(sum(match[p] == y for p, y in zip(pred, true)) / len(pred)
+                   for match in set(itertools.permutations(slots, clusters)))
+        accuracy, mapping = evaluate.hungarian_accuracy(pred, true)
+        assert close(accuracy, best) and len(set(mapping.values())) == len(mapping) == min(clusters, classes)
+        assert close(sum(mapping.get(p, -1) == y for p, y in zip(pred, true)) / len(pred), best)
+    assert evaluate.hungarian_accuracy([1, 1, 0, 2], [0, 0, 1, 1])[0] == 0.75    # cluster 2 counts as wrong
+
+
+def test_nmi_is_mutual_information_over_the_mean_entropy():
+    for pred, true in cases():
+        n, mutual = len(pred), 0.0
+        entropy = lambda v: -sum(k / len(v) * math.log(k / len(v)) for k in np.unique(v, return_counts=True)[1])
+        for i, j in itertools.product(set(pred.tolist()), set(true.tolist())):
+            both = sum((p == i) & (y == j) for p, y in zip(pred, true)) / n
+            if both:
+                mutual += both * math.log(both / ((pred == i).mean() * (true == j).mean()))
+        mean = (entropy(pred) + entropy(true)) / 2
+        assert close(evaluate.nmi(pred, true), mutual / mean if mean else 0, 1e-6)
+    assert evaluate.nmi([0] * 4, [0, 1, 0, 1]) == evaluate.nmi([0] * 4, [0] * 4) == 0
+    assert close(evaluate.nmi([2, 2, 0, 1], [0, 0, 1, 2]), 1)
+
+
+def test_ari_counts_pairs():
+    for pred, true in cases():
+        a = b = c = d = 0                                                 # pairs together in both, one, other, none
+        for i, j in itertools.combinations(range(len(pred)), 2):
+            same, equal = pred[i] == pred[j], true[i] == true[j]
+            a, b, c, d = a + (same & equal), b + (same & ~equal), c + (~same & equal), d + (~same & ~equal)
+        wanted = 2 * (a * d - b * c) / ((a + b) * (b + d) + (a + c) * (c + d))
+        assert close(evaluate.ari(pred, true), wanted, 1e-6)
+    assert evaluate.ari([0] * 4, [0, 1, 0, 1]) == 0 and evaluate.ari([1, 1, 0], [0, 0, 1]) == 1
+    assert evaluate.ari([0] * 4, [0] * 4) == 1 and evaluate.ari([0, 1, 2], [2, 0, 1]) == 1
+
+
+def test_purity_is_the_share_of_each_clusters_majority():
+    for pred, true in cases():
+        right = sum(max((true[pred == i] == j).sum() for j in set(true.tolist())) for i in set(pred.tolist()))
+        assert close(evaluate.purity(pred, true), right / len(pred), 1e-6)
+    assert evaluate.purity([0, 0, 0, 1], [0, 1, 0, 1]) == 0.75
+
+
+def test_scores_take_integer_arrays_of_any_kind():
+    pred, true = [0, 1, 200, 200, 1], [3, 3, 100, 100, 100]             # 200 * 101 overflows uint8 and int8
+    scores = lambda *v: [f(*v) for f in (evaluate.hungarian_accuracy, evaluate.nmi, evaluate.ari, evaluate.purity)]
+    for make, kind in ((np.array, np.uint8), (np.array, np.int16), (np.array, np.uint64),
+                       (torch.tensor, torch.uint8), (torch.tensor, torch.int32), (torch.tensor, torch.int64)):
+        p, y = make(pred, dtype=kind), make(true, dtype=kind)
+        assert scores(p, y) == scores(pred, true) and evaluate.confusion_matrix(p, y, 201)[100, 200] == 2
+    for p, y in ([0, 1], [0]), ([], []), ([[0]], [[0]]), ([-1, 0], [0, 0]):
+        with raises(ValueError):
+            evaluate.contingency(np.array(p, int), np.array(y, int))
+
+
+def test_confusion_matrix_and_f1_by_loops():
+    rng = np.random.default_rng(0)
+    pred, true = rng.integers(0, 3, 50), rng.integers(0, 4, 50)
+    table = evaluate.confusion_matrix(pred, torch.tensor(true), 5)
+    for i, j in itertools.product(range(5), range(5)):
+        assert table[i, j] == sum(1 for p, y in zip(pred, true) if (y, p) == (i, j))
+    for k, f in enumerate(evaluate.f1(table)):
+        hits, said, there = ((pred == k) & (true == k)).sum(), (pred == k).sum(), (true == k).sum()
+        assert close(f, 2 / (said / hits + there / hits) if hits else 0)
+
+
+def test_knn_agrees_with_a_vote_written_out():
+    x, y, t = randn(80, 5).double().numpy(), np.arange(80) % 4, randn(30, 5, seed=1).double().numpy()
+    args = torch.tensor(x).float(), torch.tensor(y), torch.tensor(t * 3).float()   # cosine: the length is nothing
+    for k in 1, 5, 20, 200:
+        wanted = []
+        for row in t:
+            s = [row @ v / np.linalg.norm(row) / np.linalg.norm(v) for v in x]
+            votes = [0.0] * 4
+            for i in sorted(range(80), key=lambda i: -s[i])[:k]:
+                votes[y[i]] += math.exp(s[i] / 0.07)
+            wanted.append(votes.index(max(votes)))
+        assert evaluate.knn(*args, k=k).tolist() == wanted
+        with mock.patch.object(evaluate, 'CHUNK', 300):
+            assert evaluate.knn(*args, k=k).tolist() == wanted
+
+
+def logistic_by_scipy(x, y, K, l2):
+    """log p (N, K) function of the minimiser of cross-entropy + l2 / 2 |W|^2 on standardised x, in float64."""
+    mean, std, n = x.mean(0), x.std(0), len(x)
+    xs, onehot = (x - mean) / std, np.eye(K)[y]
+    def logp(v, theta):
+        W = theta.reshape(-1, K)
+        s = v @ W[:-1] + W[-1]
+        return s - scipy.special.logsumexp(s, 1, keepdims=True)
+    def objective(theta):
+        p = logp(xs, theta)
+        W = theta.reshape(-1, K)
+        error = (np.exp(p) - onehot) / n
+        return (-(p * onehot).sum() / n + l2 / 2 * (W[:-1] ** 2).sum(),
+                np.vstack([xs.T @ error + l2 * W[:-1], error.sum(0)]).ravel())
+    theta = scipy.optimize.minimize(objective, np.zeros((x.shape[1] + 1) * K), jac=True, method='L-BFGS-B',
+                                    options=dict(maxiter=5000, ftol=1e-13, gtol=1e-7)).x
+    return lambda v: logp((v - mean) / std, theta)
+
+
+def test_linear_probe_is_the_optimum_that_scipy_finds():
+    x, noise = randn(90, 4) * torch.tensor([1, 10, 0.1, 3]) + 5, randn(90, seed=3)
+    y = ((x[:, 0] > 5).long() + (x[:, 2] + 0.05 * noise > 5).long())
+    for l2 in 1e-3, 1e-1:
+        predict, wanted = evaluate._fit_logistic(x, y, 3, l2), logistic_by_scipy(x.double().numpy(), y.numpy(), 3, l2)
+        assert close(predict(x).log_softmax(1), wanted(x.double().numpy()), 5e-3)
+    a, b, test = slice(0, 50), slice(50, 90), randn(40, 4, seed=7) * torch.tensor([1, 10, 0.1, 3]) + 5
+    X, Y, l2s = x.double().numpy(), y.numpy(), (1e-3, 1e-1, 10.0)
+    scores = {l2: (logistic_by_scipy(X[a], Y[a], 3, l2)(X[b]).argmax(1) == Y[b]).mean() for l2 in l2s}
+    pred, l2 = evaluate.linear_probe(x[a], y[a], x[b], y[b], test, l2s)
+    assert scores[l2] == max(scores.values()) > min(scores.values())      # chosen on validation, fitted on both
+    assert pred.tolist() == logistic_by_scipy(X, Y, 3, l2)(test.double().numpy()).argmax(1).tolist()
+
+
+def test_linear_probe_standardises_by_training_rows_only():
+    x, y = blobs(60, 3, 4, spread=4)
+    test, outliers = x[40:] + 1, randn(500, 4) * 1e4
+    pred, l2 = evaluate.linear_probe(x[:30], y[:30], x[30:40], y[30:40], test)
+    with_others, _ = evaluate.linear_probe(x[:30], y[:30], x[30:40], y[30:40], torch.cat([test, outliers]))
+    assert torch.equal(with_others[:20], pred) and len(set(pred.tolist())) == 3
+    affine = lambda v: v * torch.tensor([100, 0.01, 1, 5]) - 3
+    moved, _ = evaluate.linear_probe(affine(x[:30]), y[:30], affine(x[30:40]), y[30:40], affine(test))
+    assert torch.equal(moved, pred)
+    alone, l2 = evaluate.linear_probe(x[:30], y[:30], x[:0], y[:0], test)       # nothing to choose with
+    assert l2 == 1e-2 and len(alone) == 20
+
+
+def test_pca_agrees_with_the_singular_value_decomposition():
+    x = randn(50, 6) @ torch.diag(torch.tensor([5.0, 4, 3, 2, 1, 0.5])) + 7
+    X = x.double().numpy()
+    _, _, vt = np.linalg.svd(X - X.mean(0), full_matrices=False)
+    for k in 1, 3, 6:
+        pca = evaluate.PCA(x, k)
+        assert close(pca.encode(x).abs(), abs((X - X.mean(0)) @ vt[:k].T), 1e-3)
+        assert close(pca.decode(pca.encode(x)), (X - X.mean(0)) @ vt[:k].T @ vt[:k] + X.mean(0), 1e-4)
+
+
+def test_effective_rank_and_active_units_of_known_spectra():
+    basis = np.linalg.qr(np.hstack([np.ones((40, 1)), randn(40, 5).numpy()]))[0][:, 1:]    # centred, orthonormal
+    for s in ([1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [4, 2, 1, 1, 0]):
+        p = np.array(s) / sum(s)
+        wanted = math.exp(-sum(v * math.log(v) for v in p if v))
+        assert close(evaluate.effective_rank(torch.tensor(basis * s + 3)), wanted, 1e-3)
+    assert close(evaluate.effective_rank(torch.ones(9, 4)), 1)
+    assert evaluate.active_units(torch.tensor([[0.0, 1, 5], [0.1, 2, 5]])) == 1    # variances 0.005, 0.5, 0
+
+
+def test_in_chunks_is_the_function_of_all_pictures_as_floats():
+    x = torch.arange(250, dtype=torch.uint8).view(-1, 1, 1, 1)
+    sizes = []
+    out = evaluate.in_chunks(lambda v: (sizes.append(len(v)), v.flatten(1) * 2)[1], x, 100)
+    assert sizes == [100, 100, 50] and close(out.flatten(), np.arange(250) * 2 / 255)
+
+
+def measure(**kwargs):
+    ds = data._dataset('tiny', kwargs)
+    return evaluate.measure(ds, *data.split(len(ds.x_train), 20, 0), lambda x: x.flatten(1), probe_share=0.5)
+
+
+def test_measure_scores_separable_classes_1_and_shuffled_labels_by_chance():
+    good = arrays(200, 90)
+    sure = measure(**good)
+    assert sure['knn'] == sure['probe'] == sure['kmeans_acc'] == sure['kmeans_purity'] == 1
+    assert close([sure['kmeans_nmi'], sure['kmeans_ari']], [1, 1]) and sure['f1'] == [1, 1, 1]
+    assert (sure['split'], sure['n'], sure['knn_labels'], sure['probe_labels']) == ('test', 90, 200, 100)
+    rng = np.random.default_rng(0)
+    chance = measure(**{**good, 'y_test': rng.permutation(good['y_test'])})
+    assert all(0.2 < chance[key] < 0.5 for key in ('knn', 'probe', 'kmeans_acc', 'kmeans_purity'))
+    assert abs(chance['kmeans_ari']) < 0.1 and chance['probe_l2'] == sure['probe_l2']
+
+
+def test_measure_says_what_it_leaves_out():
+    a = arrays(200, 90)
+    bare = measure(x_train=a['x_train'])
+    assert bare['left_out'] == ['knn', 'probe', 'kmeans'] and bare['split'] == 'validation' and bare['n'] == 20
+    assert not {'knn', 'probe', 'kmeans_acc', 'f1'} & set(bare) and bare['features'] == 120
+    assert measure(x_train=a['x_train'], x_test=a['x_test'])['split'] == 'test'
+    for without_test in ({k: a[k] for k in ('x_train', 'y_train')}, {k: a[k] for k in a if k != 'y_test'}):
+        m = measure(**without_test)
+        assert m['split'] == 'validation' and m['n'] == 20 and m['knn'] == m['probe'] == 1 and not m['left_out']
+        assert m['knn_labels'] == 180                                     # those it is scored on are not in the bank
+    m = measure(**{k: a[k] for k in a if k != 'y_train'})
+    assert m['left_out'] == ['knn', 'probe'] and m['kmeans_acc'] == 1 and m['kmeans_mapping'] == 'test'
+
+
+def test_kmeans_accuracy_maps_clusters_to_classes_by_training_labels():
+    a = arrays(40, 30)
+    a['y_test'][:9] = 3                                                   # a class that training has not seen
+    ds, ids, pred = data._dataset('tiny', a), data.split(40, 4, 0), torch.arange(30) % 4
+    found = (ds.y_train[ids[0]] + 1) % 3, torch.zeros(4, 120), 0.0        # cluster k + 1 is class k; 3 is none
+    with mock.patch.object(evaluate, 'kmeans', return_value=found), \
+            mock.patch.object(evaluate, 'nearest', return_value=(pred, None)):
+        m = evaluate.measure(ds, *ids, lambda x: x.flatten(1))
+    right = [p != 3 and (p - 1) % 3 == y for p, y in zip(pred.tolist(), a['y_test'])]
+    assert close(m['kmeans_acc'], sum(right) / 30) and m['kmeans_mapping'] == 'train'
+    assert close(m['kmeans_nmi'], evaluate.nmi(pred, a['y_test'])) and m['clusters'] == 4
+
+
+def test_measure_classifier_counts_hits_on_the_test_set():
+    a = arrays(40, 30)
+    logits = lambda x: x[:, 0, 5, :3]                                     # nonsense, but repeatable
+    m = evaluate.measure_classifier(data._dataset('tiny', a), logits)
+    wanted = [row[5, :3].argmax() == y for row, y in zip(a['x_test'], a['y_test'])]
+    assert close(m['accuracy'], sum(wanted) / 30) and np.trace(m['confusion']) == sum(wanted) and m['n'] == 30
+    assert 'accuracy' not in evaluate.measure_classifier(data._dataset('tiny', {'x_train': a['x_train']}), logits)
+
+
+# labels.py ---------------------------------------------------------------------------------------------------
+
+def test_a_label_is_charged_once_within_the_budget_and_written_before_it_is_given():
+    y, asked = [5, 6, 7, 8, 9], []
+    def oracle(ids):
+        asked.append(ids)
+        return [y[i] for i in ids]
+    with folder() as f:
+        paid = labels.LabelDatabase(f / 'l.sqlite', oracle, 3, 'abc')
+        assert paid.reveal([3, 1, 3]).tolist() == [8, 6, 8] and paid.spent == 2
+        assert paid.reveal(torch.tensor([1, 4])).tolist() == [6, 9] and paid.spent == 3 and asked == [[3, 1], [4]]
+        with raises(ValueError, 'budget'):
+            paid.reveal([0, 1])
+        assert asked == [[3, 1], [4]] and paid.reveal([4, 3]).tolist() == [9, 8]
+        again = labels.LabelDatabase(f / 'l.sqlite', None, 0, 'abc')      # as after a crash: nothing is lost
+        assert [v.tolist() for v in again.revealed()] == [[3, 1, 4], [8, 6, 9]]
+        again = labels.LabelDatabase(f / 'l.sqlite', lambda ids: 1 / 0, 5, 'abc')
+        with raises(ZeroDivisionError):
+            again.reveal([0, 2])
+        assert again.spent == 3                                           # nothing is charged for no answer
+        with raises(ValueError, 'l.sqlite', 'another data set'):
+            labels.LabelDatabase(f / 'l.sqlite', oracle, 3, 'other')
+        for content in b'junk' * 300, (f / 'l.sqlite').read_bytes()[:5000]:
+            (f / 'damaged.sqlite').write_bytes(content)
+            with raises(ValueError, 'damaged.sqlite'):
+                labels.LabelDatabase(f / 'damaged.sqlite', oracle, 3, 'abc')
+
+
+def test_picks_are_random_balanced_or_nearest_to_the_centres_of_clusters():
+    assert labels.pick_random(5, 50, 0).tolist() == labels.pick_random(5, 50, 0).tolist()
+    assert sorted(labels.pick_random(50, 50, 1).tolist()) == list(range(50))
+    y = torch.tensor([0] * 30 + [1] * 5 + [2] * 2)
+    for n, counts in (3, [1, 1, 1]), (6, [2, 2, 2]), (8, [3, 3, 2]), (37, [30, 5, 2]):
+        ids = labels.pick_balanced(n, y, 0)
+        assert len(set(ids.tolist())) == n and sorted(y[ids].bincount(minlength=3).tolist()) == sorted(counts)
+    h, blob = blobs()
+    assert sorted(blob[labels.pick_coverage(3, h, 0)].tolist()) == [0, 1, 2]
+    ids = labels.pick_coverage(10, torch.cat([h[:1].expand(30, 2), h[:9]]), 0)
+    assert len(set(ids.tolist())) == 10                                   # more clusters than different points
+    centres = randn(4, 2, seed=1) * 5
+    d = scipy.spatial.distance.cdist(h.numpy(), centres.numpy())
+    wanted = {min((i for i in range(60) if d[i].argmin() == k), key=lambda i, k=k: d[i, k]) for k in set(d.argmin(1))}
+    assert set(evaluate.medoids(h, centres).tolist()) == wanted
+
+
+def test_labels_that_were_not_paid_for_change_nothing_of_a_classifier():
+    with folder() as cwd:
+        for pick in 'random', 'coverage':
+            write_npz(cwd / 'tiny.npz')
+            assert run(*tiny('classify'), '--pick', pick, '--name', 'honest', '--overwrite', cwd=cwd)[0] == 0
+            y, digest = arrays(), data.load(cwd / 'tiny.npz').digest
+            paid = labels.LabelDatabase(cwd / 'runs/honest/labels.sqlite', None, 0, digest)
+            ids = paid.revealed()[0].numpy()
+            others = np.setdiff1d(np.arange(120), ids)
+            y['y_train'][others] = y['y_train'][others[::-1]]
+            assert len(set(ids)) == paid.spent == 15 and (y['y_train'] != arrays()['y_train']).any()
+            write_npz(cwd / 'tiny.npz', **y)
+            assert run(*tiny('classify'), '--pick', pick, '--name', 'other', '--overwrite', cwd=cwd)[0] == 0
+            assert_same_run(cwd / 'runs' / 'honest', cwd / 'runs' / 'other')
+
+
+def test_a_classifier_starts_from_any_encoder_and_a_frozen_one_keeps_every_bit():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        flags = [w for w in tiny('classify', '--epochs', 1, '--overwrite') if w not in ('--width', 0.1)]
+        for method in *UNLABELLED, 'random':
+            for more in ['--freeze', '--head', 'mlp'], []:
+                code, out, err = run(*flags, '--encoder', finished(method), *more, cwd=cwd)
+                assert code == 0 and not err, (method, err)
+                before = nets.encoder_of(recipes.load_model(finished(method), runs.read_config(finished(method)),
+                                                            torch.device('cpu'))).state_dict()
+                after = weights(cwd / 'runs' / 'classify')['model']
+                after = {k.removeprefix('encoder.'): v for k, v in after.items() if k.startswith('encoder.')}
+                assert before.keys() == after.keys()
+                assert (runs.state_digest(before) == runs.state_digest(after)) == ('--freeze' in more), method
+
+
+def test_a_classifier_that_can_not_start_is_one_line_and_leaves_no_run():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        write_npz(cwd / 'other.npz', **arrays(H=8))
+        flags = [w for w in tiny('classify') if w not in ('--width', 0.1)]
+        for more, said in ((['--labels', 121], '121'), (['--labels', 2], 'classes'), (['--labels', 1e-4], 'labels'),
+                           (['--encoder', 'runs/none'], 'runs/none'), (['--encoder', finished('pca')], 'no encoder'),
+                           (['--encoder', finished('simclr'), '--data', 'other.npz'], '(1, 8, 12)'),
+                           (['--encoder', finished('simclr'), '--net', 'fc'], '--net')):
+            refused(*flags, *more, cwd=cwd, said=[said])
+        refused(*tiny('pca'), '--latent', 121, cwd=cwd, said=['121'])
+        assert not list((cwd / 'runs').glob('*'))
+
+
+# runs.py -----------------------------------------------------------------------------------------------------
+
+CONFIG = {'args': {'method': 'ae', 'seed': 0}, 'data': {'digest': 'abc'}}
+
+
+def state(seed=0):
+    return {'model': {'w': randn(4, 5, seed=seed), 'n': torch.tensor(3), 'half': randn(2).bfloat16()},
+            'optimizer': {'state': {0: {'step': torch.tensor(1.0)}}, 'param_groups': [{'lr': 0.1, 'betas': (0.9, 1)}]},
+            'epoch': seed, 'best': math.inf}
+
+
+def test_a_checkpoint_comes_back_as_it_was_and_the_one_before_it_stays():
+    with folder() as f:
+        run = runs.Run(f / 'r', CONFIG)
+        assert run.load() is None
+        for seed in range(3):
+            run.save(state(seed))
+            assert runs.state_digest(run.load()) == runs.state_digest(state(seed))
+        before = runs.load_checkpoint(f / 'r' / 'checkpoint.previous.pt')
+        assert before['epoch'] == 1 and torch.equal(before['model']['w'], state(1)['model']['w'])
+        assert sorted(p.name for p in (f / 'r').iterdir()) == [
+            '.lock', 'checkpoint.previous.pt', 'checkpoint.pt', 'config.json']
+        del run
+
+
+def test_state_digest_sees_every_change():
+    digests = {runs.state_digest(state())}
+    for change in (lambda s: s['model']['w'][0].add_(1e-6), lambda s: s['model'].pop('n'), lambda s: s.update(epoch=1),
+                   lambda s: s['optimizer']['param_groups'][0].update(lr=0.2),
+                   lambda s: s['model'].update(w=s['model']['w'].view(5, 4)),
+                   lambda s: s['model'].update(n=torch.tensor(3, dtype=torch.int32))):
+        s = state()
+        change(s)
+        digests.add(runs.state_digest(s))
+    assert len(digests) == 7
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_it():
+    with folder() as f:
+        run = runs.Run(f, CONFIG)
+        for seed in 1, 2:
+            run.save(state(seed))
+        blob = (f / 'checkpoint.pt').read_bytes()
+        for damage in blob[:len(blob) // 2], b'', blob.replace(state(2)['model']['w'].numpy().tobytes(), bytes(80)):
+            (f / 'checkpoint.pt').write_bytes(damage)
+            err = io.StringIO()
+            with contextlib.redirect_stderr(err):
+                assert run.load()['epoch'] == 1
+            assert err.getvalue().count('\n') == 1 and 'checkpoint.pt is' in err.getvalue()
+        (f / 'checkpoint.pt').unlink()                                    # killed between two renames
+        assert run.load()['epoch'] == 1
+        (f / 'checkpoint.pt').write_bytes(b'junk')
+        (f / 'checkpoint.previous.pt').write_bytes(b'junk')
+        with raises(ValueError, 'checkpoint', '--overwrite'), contextlib.redirect_stderr(err):
+            run.load()
+        del run
+
+
+def test_a_checkpoint_that_holds_a_hostile_pickle_runs_nothing():
+    with folder() as f:
+        evil = Evil(f / 'ran')
+        torch.save({'model': evil, 'digest': ''}, f / 'zip.pt')
+        torch.save({'model': evil, 'digest': ''}, f / 'old.pt', _use_new_zipfile_serialization=False)
+        (f / 'plain.pt').write_bytes(pickle.dumps(evil))
+        for name in 'zip.pt', 'old.pt', 'plain.pt':
+            with raises(ValueError, name):
+                runs.load_checkpoint(f / name)
+            assert not (f / 'ran').exists()
+        pickle.loads((f / 'plain.pt').read_bytes())
+        assert (f / 'ran').exists()                                       # it would have run
+
+
+def test_fuzzed_checkpoints_are_whole_or_refused():
+    wanted = runs.state_digest(state())
+    with folder() as f:
+        run = runs.Run(f / 'r', CONFIG)
+        run.save(state())
+        blob = (f / 'r' / 'checkpoint.pt').read_bytes()
+        def read(path):
+            assert runs.state_digest(runs.load_checkpoint(path)) == wanted
+        _, refused = fuzz(read, f / 'fuzz.pt', [blob], 600)
+        assert refused > 300
+        for value in [], {}, {'digest': 1}, 5, torch.zeros(2):
+            torch.save(value, f / 'fuzz.pt')
+            with raises(ValueError, 'fuzz.pt'):
+                runs.load_checkpoint(f / 'fuzz.pt')
+        del run
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_is_not_swallowed():
+    posix()
+    full = OSError(errno.ENOSPC, 'No space left on device')
+    with folder() as f:
+        run = runs.Run(f, CONFIG)
+        run.save(state(1))
+        names = sorted(p.name for p in f.iterdir())
+        for what in 'os.fsync', 'os.replace':
+            with mock.patch(what, side_effect=full), raises(OSError, 'No space left'):
+                run.save(state(2))
+            assert run.load()['epoch'] == 1
+        with raises(OSError), full_disk(500):
+            run.save(state(2))
+        assert run.load()['epoch'] == 1 and not list(f.glob('*.tmp'))
+        assert set(names) >= {p.name for p in f.iterdir()} - {'checkpoint.new.pt'}
+        del run
+
+
+def test_json_is_strict_and_damage_is_one_sentence():
+    with folder() as f:
+        runs.write_json(f / 'x.json', {'a': [math.nan, 1.5, -math.inf], 'b': {'c': math.inf}, 'd': (1, 'x')})
+        assert json.loads((f / 'x.json').read_text(), parse_constant=None) == {
+            'a': [None, 1.5, None], 'b': {'c': None}, 'd': [1, 'x']}
+        for content in b'', b'{"a": 1', b'[1]', b'\xff\xfe', b'[' * 100_000, b'{"a": ' + b'9' * 5000 + b'}':
+            (f / 'x.json').write_bytes(content)
+            with raises(ValueError, 'x.json'):
+                runs.read_json(f / 'x.json')
+
+
+def test_a_torn_or_foreign_log_is_read_up_to_its_first_bad_line():
+    rows = [{'epoch': 1, 'loss': 0.5}, {'epoch': 2, 'loss': None}]
+    text = ''.join(json.dumps(row) + '\n' for row in rows)
+    with folder() as f:
+        assert runs.read_log(f) == []
+        for tail in ('', '{"epoch": 3, "lo', '\0\0', '5\n', '{"loss": 1}\n', '{"epoch": "3"}\n',
+                     '[' * 100_000, '9' * 5000):
+            (f / 'log.jsonl').write_text(text + tail)
+            assert runs.read_log(f) == rows, tail[:20]
+        run = runs.Run(f, CONFIG)
+        for row in rows:
+            run.log(row)
+        with open(f / 'log.jsonl', 'a') as log:
+            log.write('{"epoch": 3, "lo')
+        run.trim_log(1)
+        run.log({'epoch': 2, 'loss': math.nan})
+        assert (f / 'log.jsonl').read_text() == '{"epoch": 1, "loss": 0.5}\n{"epoch": 2, "loss": null}\n'
+        del run
+
+
+def test_names_clock_and_live_line():
+    assert runs.default_name('simclr', {}) == 'simclr'
+    assert runs.default_name('simclr', {'tau': 0.5, 'batch_size': 8}) == 'simclr-tau=0.5-batch-size=8'
+    for hostile in '../../x', 'a b/c', 'x' * 999, '\n':
+        name = runs.default_name('ae', {'data': hostile})
+        assert Path(name).name == name and len(name) <= 150 and not set(name) & set('/ \n')
+    assert [runs.clock(s) for s in (5, 75, 4000)] == ['0:05', '1:15', '1:06:40']
+
+
+def test_an_existing_run_is_not_overwritten_silently():
+    done = finished('ae')
+    kept = lambda: {p.name: p.read_bytes() for p in done.iterdir() if p.name != 'config.json'}
+    before = kept()
+    refused(*tiny('ae'), said=['--resume', '--overwrite'])
+    code, out, _ = run(*tiny('ae'), '--resume')
+    assert code == 0 and 'already finished' in out and kept() == before
+
+
+def test_what_may_not_change_on_resume_is_named():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        write_npz(cwd / 'other.npz', **arrays(seed=5))
+        shutil.copytree(finished('vae'), cwd / 'runs' / 'vae')
+        (cwd / 'runs' / 'vae' / 'metrics.json').unlink()
+        before = weights(cwd / 'runs' / 'vae')
+        flags = ['--method', 'vae', '--name', 'vae', '--data', 'tiny.npz', '--resume']
+        for dest, old, new in (('lr', cli.PER_METHOD['lr']['vae'], 0.5), ('beta', 1.0, 3.0), ('method', 'vae', 'conv'),
+                               ('seed', 0, 1), ('val', 5000, 9), ('net', 'resnet', 'fc'), ('batch-size', 40, 7)):
+            refused(*flags, '--' + dest, new, cwd=cwd, said=[f'with --{dest} {old}, not --{dest} {new}'])
+        shutil.copy(cwd / 'other.npz', cwd / 'tiny.npz')
+        refused(*flags, cwd=cwd, said=['other data'])
+        refused('--evaluate', 'runs/vae', cwd=cwd, said=['other data'])
+        write_npz(cwd / 'tiny.npz')
+        assert runs.state_digest(weights(cwd / 'runs' / 'vae')) == runs.state_digest(before)
+        code, _, err = run(*flags, '--epochs', 3, '--save-every', 5, '--device', 'cpu', cwd=cwd)      # these may
+        assert code == 0 and len(logged(cwd / 'runs' / 'vae')) == 3, err
+        kept = runs.read_json(cwd / 'runs' / 'vae' / 'config.json')['args']
+        assert (kept['latent'], kept['width'], kept['batch_size'], kept['epochs']) == (4, 0.1, 40, 3)
+
+
+def test_a_run_folder_with_foreign_content_is_one_sentence():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        there = cwd / 'runs' / 'ae'
+        shutil.copytree(finished('ae'), there)
+        (there / 'metrics.json').write_text('[]')
+        refused('--compare', there, cwd=cwd, said=['metrics.json'])
+        (there / 'metrics.json').write_text('{"seconds": "x", "mse": [1]}')
+        assert run('--compare', there, cwd=cwd)[0] in (0, 2)
+        for content in b'{}', b'{"args": 5, "data": []}', b'{"arg':
+            (there / 'config.json').write_bytes(content)
+            for words in ['--compare', there], ['--evaluate', there], [*tiny('ae'), '--resume']:
+                refused(*words, cwd=cwd, said=['config.json'])
+        shutil.copyfile(finished('ae') / 'config.json', there / 'config.json')
+        for other in {'x': 1}, weights(finished('conv')):                 # whole, but of something else
+            torch.save({**other, 'digest': runs.state_digest(other)}, there / 'checkpoint.pt')
+            (there / 'metrics.json').write_text('{}')
+            refused('--evaluate', there, cwd=cwd, said=[there])
+            (there / 'metrics.json').unlink()
+            refused(*tiny('ae'), '--resume', cwd=cwd, said=['runs/ae'])
+
+
+# train.py ----------------------------------------------------------------------------------------------------
+
+def test_learning_rate_warms_up_to_its_peak_and_comes_down_to_zero_step_by_step():
+    curve = [train.lr_scale(s, 100, 10, 'cosine') for s in range(100)]
+    wanted = [(s + 1) / 10 if s < 10 else (1 + math.cos(math.pi * (s - 10) / 90)) / 2 for s in range(100)]
+    assert close(curve, wanted) and curve[9] == curve[10] == 1 and curve[99] < 1e-3
+    assert all(a > b for a, b in zip(curve[10:], curve[11:]))
+    assert [train.lr_scale(s, 100, 0, 'constant') for s in (0, 50, 99)] == [1, 1, 1]
+    for steps, warmup in itertools.product((1, 3, 7, 10), (0, 0.5, 1.5, 3, 3.5, 50)):
+        for schedule in 'cosine', 'constant':
+            assert all(0 < train.lr_scale(s, steps, warmup, schedule) <= 1 for s in range(steps)), (steps, warmup)
+
+
+def test_the_schedule_is_asked_at_every_step_of_the_whole_run():
+    asked, real = [], train.lr_scale
+    def spy(*args):
+        asked.append(args)
+        return real(*args)
+    with folder() as cwd, mock.patch.object(train, 'lr_scale', spy), only_training():
+        write_npz(cwd / 'tiny.npz')
+        code, _, err = run(*tiny('conv'), '--warmup', 1, '--lr', 0.01, cwd=cwd)
+        assert code == 0, err
+        wanted = [(step, 6, 3, 'cosine') for step in range(6)]            # 108 pictures in batches of 36
+        assert list(dict.fromkeys(asked)) == wanted
+        last, groups = 0.01 * real(5, 6, 3, 'cosine'), weights(cwd / 'runs' / 'conv')['optimizer']['param_groups']
+        assert close([row['lr'] for row in logged(cwd / 'runs' / 'conv')], [0.01, last])
+        assert [group['lr'] for group in groups] == [last] * 2
+
+
+def test_weight_decay_spares_norms_and_biases():
+    model = nets.build('simclr', 'resnet', (1, 8, 8), 0.1)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    opt = train.optimizer(model, 0.1, 0.5)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()                                                            # no gradient: only the decay acts
+    norms = {f'{name}.weight' for name, module in model.named_modules() if 'BatchNorm' in type(module).__name__}
+    for name, p in model.named_parameters():
+        spared = name in norms or name.endswith('bias')
+        assert close(p, before[name] * (1 if spared else 1 - 0.1 * 0.5), 1e-6), name
+    assert norms < set(before) and sum(len(g['params']) for g in opt.param_groups) == len(before)
+
+
+def test_adamw_steps_by_its_formula_and_the_same_after_a_reload():
+    layer = torch.nn.Linear(3, 1, bias=False)
+    w, grads = layer.weight.detach().double().flatten().numpy(), randn(4, 3).double().numpy()
+    opt, m, v = train.optimizer(layer, 0.01, 0.1), 0, 0
+    for t, g in enumerate(grads, 1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        w = w * (1 - 0.01 * 0.1) - 0.01 * (m / (1 - 0.9 ** t)) / (np.sqrt(v / (1 - 0.999 ** t)) + 1e-8)
+        layer.weight.grad = torch.tensor(g).float().view(1, 3)
+        opt.step()
+        assert close(layer.weight.flatten(), w, 1e-5)
+        if t == 2:                                                        # through a file, into new objects
+            blob, weight = io.BytesIO(), layer.weight.detach().clone()
+            torch.save(opt.state_dict(), blob)
+            blob.seek(0)
+            layer = torch.nn.Linear(3, 1, bias=False)
+            layer.weight.data.copy_(weight)
+            opt = train.optimizer(layer, 0.5, 0.1)
+            opt.load_state_dict(torch.load(blob, weights_only=True))
+
+
+def test_the_first_signal_is_noted_and_the_second_acts_at_once():
+    posix()
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with raises(KeyboardInterrupt), train.signals() as seen:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert seen == [signal.SIGINT]
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) == before[1]
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+
+
+def test_validation_leaves_the_model_as_it_is_and_weighs_pictures_equally():
+    model = nets.build('conv', 'resnet', (1, 10, 12), 0.1, 4).train()
+    x, before = torch.from_numpy(pictures(23)[0])[:, None], runs.state_digest(model.state_dict())
+    row = train.validate(model, train.autoencoding, x, 10, 0, False)
+    assert runs.state_digest(model.state_dict()) == before
+    v = x.float() / 255
+    assert close(row['val_loss'], ((model(v) - v) ** 2).mean())
+    assert close(row['std'], model.encode(v).std(0, unbiased=False).mean())
+    assert 'WARNING' not in train.describe({'epoch': 1, 'loss': 0.1, 'images_per_s': 1, **row}, 2)
+    model.encode = lambda x: torch.full((len(x), 4), 7.0) + 1e-3 * x[:, 0, 0, :4]
+    row = train.validate(model, lambda *_: (torch.tensor(1.0), {}), x, 10, 0, False)
+    assert 'collapsed' in train.describe({'epoch': 1, 'loss': 0.1, 'images_per_s': 1, **row}, 2)
+
+
+def test_measuring_leaves_the_backbone_bit_identical():
+    args, _, _ = cli.parse(['--method', 'simclr', '--no-amp', '--width', '0.1'])
+    ds = data.load(home() / 'tiny.npz')
+    model = recipes.model_of(args, ds.shape, torch.device('cpu')).train()
+    before, ids = runs.state_digest(model.state_dict()), data.split(120, 12, 0)
+    encode, reconstruct = recipes.representation(args, model, ds.x_train, torch.device('cpu'))
+    m = evaluate.measure(ds, *ids, encode, reconstruct)
+    assert runs.state_digest(model.state_dict()) == before                # BatchNorm buffers included
+    assert reconstruct is None and m['features'] == model.encoder.dim != model.head[-1].out_features
+
+
+def test_every_method_learns_on_tiny_pictures_and_leaves_all_its_files():
+    shows = {'ae': 'reconstructions', 'conv': 'reconstructions', 'vae': 'reconstructions samples interpolation',
+             'simclr': 'views', 'classify': '', 'random': '', 'pixels': '', 'pca': 'reconstructions'}
+    for method, pngs in shows.items():
+        there = finished(method)
+        files = {'config.json', 'metrics.json', '.lock'} | {f'{png}.png' for png in pngs.split()}
+        if method in TRAINED:
+            files |= {'log.jsonl', 'checkpoint.pt'}
+            rows = logged(there)
+            assert [row['epoch'] for row in rows] == [1, 2] and rows[1]['loss'] < rows[0]['loss'], method
+        if method == 'classify':
+            files |= {'labels.sqlite'}
+        assert {p.name for p in there.iterdir()} - {'checkpoint.previous.pt'} == files, method
+        m, config = measured(there), runs.read_json(there / 'config.json')
+        assert m['split'] == 'test' and m['n'] == 40 and m['method'] == method and not m['left_out']
+        assert ('mse' in m) == ('reconstructions' in pngs) and ('active_units' in m) == (method == 'vae')
+        assert config['data']['digest'] == data.load(home() / 'tiny.npz').digest and config['args']['seed'] == 0
+        assert config['versions']['torch'] == torch.__version__
+    assert measured(finished('pixels'))['knn'] == 1 and measured(finished('pixels'))['features'] == 120
+    ds = data.load(home() / 'tiny.npz')
+    pca = evaluate.PCA(data.to_float(ds.x_train[data.split(120, 5000, 0)[0]]).flatten(1), 4)
+    x = data.to_float(ds.x_test).flatten(1)
+    assert close(measured(finished('pca'))['mse'], (pca.decode(pca.encode(x)).clamp(0, 1) - x).square().mean())
+
+
+def test_the_same_seed_twice_is_bit_identical():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        for method in TRAINED:
+            code, _, err = run(*tiny(method), cwd=cwd)
+            assert code == 0, err
+            assert_same_run(cwd / 'runs' / method, finished(method))
+
+
+class Killed(BaseException):
+    """Ends a run on the spot, as kill -9 does: nothing is caught, saved or tidied."""
+
+
+def stopping(how):
+    """recipes.objective_of, but a run takes one step and then gets a signal or is killed before its next."""
+    original = recipes.objective_of
+    def objective_of(args):
+        objective, steps = original(args), []
+        def one(model, *given):
+            if model.training:
+                steps.append(1)
+                if how is Killed and len(steps) == 2:
+                    raise Killed
+                if how is not Killed and len(steps) == 1:
+                    os.kill(os.getpid(), how)
+            return objective(model, *given)
+        return one
+    return mock.patch.object(recipes, 'objective_of', objective_of)
+
+
+def test_a_run_stopped_at_every_single_step_ends_as_if_left_alone():
+    posix()
+    for how, starts in (signal.SIGTERM, 7), (signal.SIGINT, 7), (Killed, 6):
+        with folder() as cwd:
+            write_npz(cwd / 'tiny.npz')
+            for method in TRAINED if how is not signal.SIGINT else ['ae']:
+                for start in range(1, starts + 1):
+                    code, out, seconds = None, '', 1e-9 if how is Killed else 60
+                    with stopping(how), contextlib.suppress(Killed):
+                        code, out, _ = run(*tiny(method), '--resume', '--save-every', seconds, cwd=cwd)
+                    assert code == (0 if start == starts else None if how is Killed else 130), (method, how, start)
+                    assert code != 130 or '--resume' in out
+                assert_same_run(cwd / 'runs' / method, finished(method))
+
+
+def test_early_stopping_counts_on_after_every_stop():
+    posix()
+    with folder() as cwd, only_training():
+        write_npz(cwd / 'tiny.npz')
+        flags = tiny('ae', '--resume', '--epochs', 9, '--patience', 2, '--min-delta', 1e5)
+        with stopping(signal.SIGTERM):
+            codes = [run(*flags, cwd=cwd)[0] for _ in range(10)]
+        assert codes == [130] * 9 + [0] and len(logged(cwd / 'runs' / 'ae')) == 3
+
+
+def test_a_run_resumes_after_a_damaged_checkpoint_a_torn_log_and_a_full_disk():
+    posix()
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        there = cwd / 'runs' / 'conv'
+        for _ in range(4):
+            with stopping(signal.SIGTERM):
+                assert run(*tiny('conv'), '--resume', cwd=cwd)[0] == 130
+        blob = (there / 'checkpoint.pt').read_bytes()
+        (there / 'checkpoint.pt').write_bytes(blob[:-2000])
+        with open(there / 'log.jsonl', 'a') as log:
+            log.write('{"epoch": 2, "lo')
+        kept = (there / 'checkpoint.previous.pt').read_bytes()
+        with full_disk(len(blob) // 2):
+            code, _, err = run(*tiny('conv'), '--resume', '--save-every', 1e-9, cwd=cwd)
+        assert code == 2 and 'Traceback' not in err and err.count('\n') == 2, err     # the fallback, then the disk
+        assert (there / 'checkpoint.previous.pt').read_bytes() == kept
+        code, _, err = run(*tiny('conv'), '--resume', cwd=cwd)
+        assert code == 0 and 'checkpoint.pt is not a readable checkpoint' in err and err.count('\n') == 1
+        assert_same_run(there, finished('conv'))
+        for name in 'checkpoint.pt', 'checkpoint.previous.pt':
+            (there / name).write_bytes(b'junk')
+        refused('--evaluate', there, cwd=cwd, said=['--overwrite'])
+
+
+SLOWLY = f'''
+import importlib.util, sys, time
+sys.path.insert(0, {str(HERE)!r})
+spec = importlib.util.spec_from_file_location('cli', {str(HERE / 'ssl.py')!r})
+cli = importlib.util.module_from_spec(spec); spec.loader.exec_module(cli)
+import recipes, torch
+torch.set_num_threads(1)
+fast = recipes.objective_of
+def objective_of(args):
+    def slow(*given):
+        time.sleep(0.5)
+        return fast(args)(*given)
+    return slow
+recipes.objective_of = objective_of
+sys.exit(cli.main(sys.argv[1:]))
+'''
+
+
+def test_real_processes_killed_or_stopped_are_resumed_and_guarded_while_alive():
+    posix()
+    ends = {'simclr': (signal.SIGKILL, -signal.SIGKILL), 'vae': (signal.SIGTERM, 130)}
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        processes = {m: python('-c', SLOWLY, *tiny(m), '--save-every', 0.01, cwd=cwd) for m in ends}
+        for method, process in processes.items():
+            while not (cwd / 'runs' / method / 'checkpoint.pt').exists() and process.poll() is None:
+                time.sleep(0.01)
+            if method == 'simclr':
+                refused(*tiny(method), '--resume', cwd=cwd, said=['in use by another process'])
+            process.send_signal(ends[method][0])
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == ends[method][1] and 'Traceback' not in err, (method, process.returncode, err)
+        assert '--resume to continue' in out                              # of the last, which was asked to stop
+        for method in ends:
+            assert 0 < len(weights(cwd / 'runs' / method)) and not (cwd / 'runs' / method / 'metrics.json').exists()
+            code, _, err = run(*tiny(method), '--resume', cwd=cwd)
+            assert code == 0, err
+            assert_same_run(cwd / 'runs' / method, finished(method))
+
+
+def test_a_closed_pipe_is_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        processes = [python(HERE / 'ssl.py', *words, cwd=cwd, stdout=writer)
+                     for words in (tiny('ae'), ['--compare'], ['--help'])]
+        for process in processes:
+            _, err = process.communicate(timeout=100)
+            assert not err, err
+    os.close(writer)
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_the_last_good_checkpoint_stays():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        for method in TRAINED:
+            original = recipes.objective_of
+            def objective_of(args, original=original):
+                objective, steps = original(args), []
+                def explodes_at_step_4(model, *given):
+                    steps.append(model.training)
+                    loss, parts = objective(model, *given)
+                    return loss * (math.nan if sum(steps) == 4 and model.training else 1), parts
+                return explodes_at_step_4
+            with mock.patch.object(recipes, 'objective_of', objective_of):
+                said = 'the loss is not finite at epoch 2, step 1'
+                refused(*tiny(method), '--save-every', 1e-9, cwd=cwd, said=[said])
+            saved = weights(cwd / 'runs' / method)
+            assert all(v.isfinite().all() for v in saved['model'].values())
+            assert (saved['epoch'], saved['step']) in ((1, 3), (2, 0))
+            assert run(*tiny(method), '--resume', cwd=cwd)[0] == 0
+            assert_same_run(cwd / 'runs' / method, finished(method))
+
+
+def test_a_huge_learning_rate_never_saves_weights_that_are_not_finite():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        stopped = 0
+        for method in TRAINED:
+            code, _, err = run(*tiny(method), '--lr', 1e9, '--warmup', 0, '--epochs', 4, '--save-every', 1e-9, cwd=cwd)
+            saved = weights(cwd / 'runs' / method)['model']
+            assert all(v.isfinite().all() for v in saved.values()), method
+            assert code in (0, 2) and err.count('\n') == (code == 2), err
+            stopped += code == 2
+        assert stopped
+
+
+def test_permuting_labels_changes_no_weight_no_loss_and_no_picture():
+    rng = np.random.default_rng(0)
+    permuted = {k: rng.permutation(v) if k[0] == 'y' else v for k, v in arrays().items()}
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz', **permuted)
+        for method in UNLABELLED:
+            code, _, err = run(*tiny(method), cwd=cwd)
+            assert code == 0, err
+            a, b = cwd / 'runs' / method, finished(method)
+            assert runs.state_digest(weights(a)) == runs.state_digest(weights(b))
+            assert logged(a) == logged(b) and drawn(a) == drawn(b) and measured(a) != measured(b)
+
+
+def test_permuting_test_labels_changes_nothing_but_the_final_scores():
+    scores = {'knn', 'probe', 'f1', 'confusion', 'kmeans_acc', 'kmeans_nmi', 'kmeans_ari', 'kmeans_purity'}
+    original = arrays()
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz', **{**original, 'y_test': np.random.default_rng(0).permutation(original['y_test'])})
+        assert run(*tiny('simclr'), cwd=cwd)[0] == 0
+        a, b = cwd / 'runs' / 'simclr', finished('simclr')
+        assert runs.state_digest(weights(a)) == runs.state_digest(weights(b))
+        assert logged(a) == logged(b) and drawn(a) == drawn(b)
+        a_metrics, b_metrics = measured(a), measured(b)
+        assert {k for k in b_metrics if a_metrics[k] != b_metrics[k]} <= scores and a_metrics['knn'] != b_metrics['knn']
+        assert runs.read_json(a / 'config.json') == runs.read_json(b / 'config.json')
+
+
+def test_evaluate_gives_the_measures_and_pictures_of_the_finished_run_again():
+    for method in 'vae', 'simclr', 'classify', 'pca':
+        there = finished(method)
+        before, pngs, saved = measured(there), drawn(there), {p.name: p.read_bytes() for p in there.glob('*.pt')}
+        for png in there.glob('*.png'):
+            png.unlink()
+        (there / 'metrics.json').write_text('{}')
+        code, out, err = run('--evaluate', there)
+        assert code == 0 and not err and ('kNN' in out or method == 'classify')
+        assert measured(there) == before and drawn(there) == pngs
+        assert {p.name: p.read_bytes() for p in there.glob('*.pt')} == saved
+    refused(*['--evaluate', there], cwd=HERE.parent, said=['tiny.npz'])   # its data is not there
+
+
+def test_pictures_without_labels_or_test_set_in_colour_and_odd_sizes_can_be_learned():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz', x_train=pictures(60, 9, 13, C=3)[0])
+        refused(*tiny('classify'), cwd=cwd, said=['needs labels'])
+        for method in [*UNLABELLED, 'random', 'pixels', 'pca']:
+            code, out, err = run(*tiny(method), cwd=cwd)
+            assert code == 0 and not err, (method, err)
+            m = measured(cwd / 'runs' / method)
+            assert m['split'] == 'validation' and 'left out for want of labels: knn, probe, kmeans' in out
+            assert m['left_out'] == ['knn', 'probe', 'kmeans'] and 'knn' not in m
+
+
+def test_fewer_pictures_than_a_batch_and_a_last_batch_of_one_are_learned():
+    with folder() as cwd:
+        for n, batch, H in (20, 512, 8), (27, 8, 8), (27, 2, 8):
+            x, y = pictures(n, H, H)
+            write_npz(cwd / 'tiny.npz', x_train=x, y_train=y, x_test=x, y_test=y)
+            for method in UNLABELLED:
+                code, out, err = run(*tiny(method), '--batch-size', batch, '--overwrite', cwd=cwd)
+                assert code == 0 and not err, (n, batch, method, err)
+                assert len(logged(cwd / 'runs' / method)) == 2 and 'nan' not in out, (n, batch, method, out)
+        write_npz(cwd / 'tiny.npz', x_train=x, x_test=x[:1])
+        for more in [], ['--val', 1], ['--latent', 1]:                    # of rank 1 at most, but not collapsed
+            code, out, err = run(*tiny('conv'), '--overwrite', *more, cwd=cwd)
+            assert code == 0 and not err and 'nan' not in out and 'WARNING' not in out, (more, err, out)
+
+
+# report.py ---------------------------------------------------------------------------------------------------
+
+def read_png(path):
+    """Pixels (H, W) or (H, W, 3) of an 8-bit PNG whose rows are unfiltered; every CRC is checked."""
+    blob, chunks, at = Path(path).read_bytes(), [], 8
+    assert blob[:8] == bytes([137, 80, 78, 71, 13, 10, 26, 10])
+    while at < len(blob):
+        n, = struct.unpack('>I', blob[at:at + 4])
+        kind, body, crc = blob[at + 4:at + 8], blob[at + 8:at + 8 + n], blob[at + 8 + n:at + 12 + n]
+        assert struct.unpack('>I', crc)[0] == zlib.crc32(kind + body)
+        chunks.append((kind, body))
+        at += 12 + n
+    assert [kind for kind, _ in chunks] == [b'IHDR', b'IDAT', b'IEND'] and not chunks[2][1]
+    W, H, depth, colour, *rest = struct.unpack('>IIBBBBB', chunks[0][1])
+    assert depth == 8 and colour in (0, 2) and rest == [0, 0, 0]
+    stride = W * (3 if colour else 1)
+    raw = zlib.decompress(chunks[1][1])
+    assert len(raw) == H * (stride + 1) and not any(raw[::stride + 1])    # filter type 0 in front of every row
+    pixels = np.array([list(raw[r * (stride + 1) + 1:(r + 1) * (stride + 1)]) for r in range(H)], np.uint8)
+    return pixels.reshape(H, W, 3) if colour else pixels
+
+
+def test_png_holds_the_pixels_it_was_given():
+    rng = np.random.default_rng(0)
+    with folder() as f:
+        for shape in (1, 1), (5, 7), (5, 7, 3), (1, 300, 3):
+            picture = rng.integers(0, 256, shape, np.uint8)
+            for given in picture, np.asfortranarray(picture):
+                report.write_png(f / 'x.png', given)
+                assert np.array_equal(read_png(f / 'x.png'), picture)
+
+
+def test_sheet_lays_rows_of_pictures_out_with_gaps():
+    for C in 1, 3:
+        a, b = rand(3, C, 4, 5), rand(2, C, 4, 5, seed=1) * 3 - 1         # b leaves 0..1 and is clipped
+        out = report.sheet(a, b, gap=2, zoom=3)
+        assert out.shape[:2] == (3 * (2 * 6 + 2), 3 * (3 * 7 + 2)) and out.dtype == np.uint8
+        small = out[::3, ::3]
+        assert np.array_equal(small.repeat(3, 0).repeat(3, 1), out)
+        wanted = np.full(small.shape, 128)
+        for r, row in enumerate((a, b)):
+            for i, c, h, w in itertools.product(range(len(row)), range(C), range(4), range(5)):
+                at = (2 + 6 * r + h, 2 + 7 * i + w)
+                wanted[at if C == 1 else (*at, c)] = round(min(max(row[i, c, h, w].item(), 0), 1) * 255)
+        assert np.array_equal(small, wanted)
+
+
+def test_show_views_writes_originals_above_two_views():
+    with folder() as cwd:
+        code, out, err = run('--show-views', cwd / 'v.png', '--data', home() / 'tiny.npz', '--jitter', 0)
+        assert code == 0 and 'v.png' in out, err
+        sheet, x = read_png(cwd / 'v.png')[::2, ::2], arrays()['x_train']
+        assert sheet.shape == (3 * 12 + 2, 16 * 14 + 2)
+        for i in range(16):
+            cell = [sheet[2 + 12 * r:12 + 12 * r, 2 + 14 * i:14 + 14 * i] for r in range(3)]
+            assert np.array_equal(cell[0], x[i]) and not np.array_equal(cell[1], cell[2])
+
+
+def test_compare_groups_seeds_by_mean_and_sample_deviation():
+    knn = [0.5, 0.7, 0.9]
+    with folder() as f:
+        for name, seed, tau, score in [(f'b-seed={s}', s, 0.5, k) for s, k in enumerate(knn)] + [('a', 0, 0.2, 0.25)]:
+            (f / name).mkdir()
+            runs.write_json(f / name / 'config.json', {'data': {'digest': 'abc'}, 'args': {
+                'method': 'simclr', 'tau': tau, 'seed': seed, 'name': name}})
+            runs.write_json(f / name / 'metrics.json', {'knn': score, 'epochs': 7, 'seconds': 10 * seed, 'mse': None})
+        lines = report.compare([f / 'b-seed=0', f / 'a', f / 'b-seed=2', f / 'b-seed=1']).splitlines()
+        header, rows = lines[0], {line.split()[0]: line.split() for line in lines[1:]}
+        mean, std = sum(knn) / 3, math.sqrt(sum((k - sum(knn) / 3) ** 2 for k in knn) / 2)
+        assert close(std, statistics.stdev(knn))
+        assert 'kNN' in header
+        assert rows['b'] == ['b', '3', '7', '10', f'{mean:.1%}±{std * 100:.1f}']
+        assert rows['a'][:2] == ['a', '1'] and '25.0%' in rows['a'] and len(rows) == 2
+        with raises(ValueError, 'nothing'):
+            report.compare([f / 'nothing'])
+        assert run('--compare', cwd=f)[1] == 'runs/ holds no finished run yet\n'
+    code, out, _ = run('--compare', *map(finished, ('pixels', 'ae')))
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ['method', 'pixels', 'ae']
+
+
+# -------------------------------------------------------------------------------------------------------------
+
+def main(words):
+    tests = {name: test for name, test in globals().items()
+             if name.startswith('test_') and (not words or any(word in name for word in words))}
+    if not tests:
+        print(f'test_all.py: no test has {" or ".join(words)} in its name', file=sys.stderr)
+        return 2
+    passed = failed = 0
+    for name, test in tests.items():
+        began, error = time.monotonic(), None
+        try:
+            test()
+            passed += 1
+        except unittest.SkipTest as e:
+            print(f'skipped {name}: {e}')
+        except (Exception, SystemExit, Killed):
+            failed, error = failed + 1, traceback.format_exc()
+        took = time.monotonic() - began
+        if error or took > 2:
+            print(f'{"FAILED" if error else "slow  "} {took:5.1f} s  {name}\n{error or ""}', end='', flush=True)
+    print(f'{passed} passed, {failed} failed')
+    return 1 if failed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
