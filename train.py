@@ -122,7 +122,8 @@ def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weig
     the state is saved, and ValueError when the loss is no longer finite; then the last good checkpoint
     stays. warmup is in epochs.
     """
-    opt, own = optimizer(model, lr, weight_decay), [distributed.rank()] if distributed.rank() else []
+    opt = optimizer(model, lr, weight_decay)
+    own = [distributed.rank()] if distributed.rank() else []                 # processes draw different views
     steps = data.steps_per_epoch(len(x), batch_size)
     state = {'epoch': 1, 'step': 0, 'total': torch.zeros((), device=x.device), 'best': math.inf, 'bad': 0,
              'seconds': 0.0}
