@@ -156,7 +156,7 @@ def _read_npz(path):
             found = ', '.join(z.files) or 'nothing'
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, MemoryError, KeyError, ValueError,
             NotImplementedError, RuntimeError, SyntaxError, OverflowError) as e:
-        raise ValueError(f'{path} is not a readable .npz of plain arrays ({e})') from None
+        raise ValueError(f'{path} is not a readable .npz of plain arrays ({" ".join(str(e).split())})') from None
     if not all(isinstance(a, np.ndarray) for a in arrays.values()):
         raise ValueError(f'{path} is not a readable .npz: a member is no array')
     if 'x_train' not in arrays:
@@ -179,7 +179,8 @@ def _dataset(name, arrays, classes=None):
         classes = [str(k) for k in range(top)]
     sha = hashlib.sha256()
     for t in (x_train, x_test):
-        sha.update(b'none' if t is None else t.numpy())
+        sha.update(b'none' if t is None else str(tuple(t.shape)).encode())
+        sha.update(b'' if t is None else t.numpy())
     return Dataset(name, x_train, y_train, x_test, y_test, classes, sha.hexdigest())
 
 

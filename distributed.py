@@ -24,6 +24,7 @@ def start(device):
 def stop():
     """Leave the group, if there is one."""
     if dist.is_initialized():
+        dist.barrier()                                                       # nobody leaves while one still works
         dist.destroy_process_group()
 
 

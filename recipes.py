@@ -55,10 +55,14 @@ def run_method(args, typed):
     """One run from the first byte to metrics.json: data, model, training, measures, pictures."""
     device = distributed.start(pick_device(args.device))
     first = distributed.rank() == 0
+    folder = Path('runs') / args.name
+    if args.resume and (folder / 'config.json').exists():                  # its data, unless other was typed
+        before = runs.read_config(folder)['args']
+        args.data, args.limit = (typed.get(key, before.get(key)) for key in ('data', 'limit'))
     ds = data.load(args.data, args.limit)
     if getattr(args, 'amp', False) is None:
         args.amp = args.net != 'fc' and train.amp_by_default(device)
-    folder, config = Path('runs') / args.name, runs.describe(vars(args), ds, device)
+    config = runs.describe(vars(args), ds, device)
     run = runs.Run(folder, config, typed, args.resume, args.overwrite) if first else runs.Silent(folder)
     resolved, finished = distributed.from_first((run.config['args'], run.finished) if first else None)
     args = argparse.Namespace(**resolved)
@@ -89,6 +93,8 @@ def classify(run, args, ds, device):
     if ds.y_train is None:
         raise ValueError('--method classify needs labels, and the data has no y_train')
     n = round(args.labels * len(ds.x_train)) if args.labels < 1 else int(args.labels)
+    if args.labels > 1 and n != args.labels:
+        raise ValueError(f'--labels {args.labels:g} is neither a whole number nor a share below 1')
     if not len(ds.classes) <= n <= len(ds.x_train):
         raise ValueError(f'--labels {args.labels:g} asks for {n:,} labels; wanted from {len(ds.classes)}, the '
                          f'number of classes, to {len(ds.x_train):,}, the number of pictures')

@@ -27,6 +27,7 @@ except ImportError:                                    # Windows has no flock; t
     fcntl = None
 
 HERE = {'name', 'resume', 'overwrite', 'device', 'save_every'}       # how a run is run, not what it is
+CHECKPOINTS = ('checkpoint.new.pt', 'checkpoint.pt', 'checkpoint.previous.pt')      # newest first
 FREE = HERE | {'epochs'}                                             # what may change on resume
 
 
@@ -70,8 +71,9 @@ def read_json(path):
 
 
 def flag(key, value):
-    """How an argument is typed: ('batch_size', 64) -> '--batch-size 64'."""
-    return f'--{key.replace("_", "-")} {value}'
+    """How an argument is typed: ('batch_size', 64) -> '--batch-size 64', ('flip', False) -> '--no-flip'."""
+    name = key.replace('_', '-')
+    return {True: f'--{name}', False: f'--no-{name}'}[value] if isinstance(value, bool) else f'--{name} {value}'
 
 
 def describe(args, ds, device):
@@ -115,7 +117,7 @@ class Run:
         if exists and resume:
             config = self._merge(read_config(self.folder), config, typed)
         else:
-            for old in ('log.jsonl', 'metrics.json', 'checkpoint.pt', 'checkpoint.previous.pt', 'labels.sqlite'):
+            for old in ('log.jsonl', 'metrics.json', 'labels.sqlite', *CHECKPOINTS):
                 (self.folder / old).unlink(missing_ok=True)
         self.config = config
         write_json(self.folder / 'config.json', config)
@@ -164,7 +166,10 @@ class Run:
         write_json(self.folder / 'metrics.json', metrics)
 
     def save(self, state):
-        """Save a checkpoint; the one before it stays as checkpoint.previous.pt."""
+        """Save a checkpoint; the one before it stays as checkpoint.previous.pt.
+
+        Killed between the two renames, it is still there as checkpoint.new.pt.
+        """
         path = self.folder / 'checkpoint.pt'
         blob = io.BytesIO()
         torch.save({**state, 'digest': state_digest(state)}, blob)
@@ -181,8 +186,8 @@ class Run:
 def newest_checkpoint(folder):
     """State of the newest whole checkpoint or None; a damaged one is named and the one before it taken."""
     damaged = []
-    for path in (Path(folder) / 'checkpoint.pt', Path(folder) / 'checkpoint.previous.pt'):
-        if path.exists():
+    for name in CHECKPOINTS:
+        if (path := Path(folder) / name).exists():
             try:
                 state = load_checkpoint(path)
             except ValueError as e:

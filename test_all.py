@@ -740,6 +740,7 @@ def test_npz_mistakes_are_named():
              ({'x_train': np.zeros((6, 9, 9, 2), np.uint8)}, '(6, 9, 9, 2)'),
              ({'x_train': np.zeros((3, 9, 9, 9, 3), np.uint8)}, '(3, 9, 9, 9, 3)'),
              ({'x_train': good['x_train'][:19]}, '19 pictures'), ({'x_train': good['x_train'][:0]}, '0 pictures'),
+             ({'x_train': np.zeros(20, [(f'field{i}', 'u1') for i in range(900)])}, 'not a readable'),
              ({'x_train': np.uint8(5)}, ''), ({'y_train': np.int64(5)}, ''),
              ({'y_train': good['y_train'][:5]}, '(5,)'), ({'y_train': good['y_train'] - 1}, 'from -1'),
              ({'y_train': good['y_train'] * 10_000}, '20000'), ({'y_train': good['y_train'] / 1}, 'float64'),
@@ -1531,6 +1532,7 @@ def test_a_classifier_that_can_not_start_is_one_line_and_leaves_no_run():
         write_npz(cwd / 'other.npz', **arrays(H=8))
         flags = [w for w in tiny('classify') if w not in ('--width', 0.1)]
         for more, said in ((['--labels', 121], '121'), (['--labels', 2], 'classes'), (['--labels', 1e-4], 'labels'),
+                           (['--labels', 30.7], '30.7'),
                            (['--encoder', 'runs/none'], 'runs/none'), (['--encoder', finished('pca')], 'no encoder'),
                            (['--encoder', finished('simclr'), '--data', 'other.npz'], '(1, 8, 12)'),
                            (['--encoder', finished('simclr'), '--net', 'fc'], '--net')):
@@ -1693,6 +1695,33 @@ def test_an_existing_run_is_not_overwritten_silently():
     refused(*tiny('ae'), said=['--resume', '--overwrite'])
     code, out, _ = run(*tiny('ae'), '--resume')
     assert code == 0 and 'already finished' in out and kept() == before
+
+
+def test_a_checkpoint_killed_before_its_last_rename_is_still_the_newest():
+    with folder() as f:
+        run = runs.Run(f / 'x', CONFIG)
+        for epoch in 1, 2, 3:
+            run.save({'epoch': epoch})
+        assert [runs.load_checkpoint(f / 'x' / name)['epoch'] for name in runs.CHECKPOINTS[1:]] == [3, 2]
+        (f / 'x' / 'checkpoint.previous.pt').unlink()
+        (f / 'x' / 'checkpoint.pt').rename(f / 'x' / 'checkpoint.previous.pt')      # as between the two renames
+        torch.save({'epoch': 4, 'digest': runs.state_digest({'epoch': 4})}, f / 'x' / 'checkpoint.new.pt')
+        assert run.load() == {'epoch': 4}
+        run.save({'epoch': 5})
+        assert run.load() == {'epoch': 5} and not (f / 'x' / 'checkpoint.new.pt').exists()
+        del run
+
+
+def test_resume_takes_the_arguments_that_were_not_typed_from_the_run():
+    posix()
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        with stopping(signal.SIGTERM):
+            assert run(*tiny('vae'), cwd=cwd)[0] == 130
+        with mock.patch.object(data, 'find_fashion_mnist', side_effect=AssertionError('looked for other data')):
+            code, _, err = run('--method', 'vae', '--name', 'vae', '--resume', cwd=cwd)
+        assert code == 0 and not err, err
+        assert_same_run(cwd / 'runs' / 'vae', finished('vae'))
 
 
 def test_what_may_not_change_on_resume_is_named():

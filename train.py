@@ -180,6 +180,8 @@ def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weig
             run.log(row)
             progress.say(describe(row, epochs))
         save()
+        if stop:
+            raise Stopped('stopped after the last epoch, before measuring')
     return state['seconds']
 
 
