@@ -352,7 +352,7 @@ def test_a_wrong_word_is_one_line_and_starts_nothing():
                 (['--evaluate', 'runs/none'], 'runs/none'), (['--compare', 'runs/none'], 'runs/none'),
                 (['--evaluate', ''], ''), (['--show-views', '', '--data', home() / 'tiny.npz'], ''),
                 (['--show-views', 'no/such/x.png', '--data', home() / 'tiny.npz'], 'no/such'),
-                *((['--method', 'ae', '--name', name], '--name') for name in ('', '.', '..', 'a/b', '/tmp/x', 'x/'))):
+                *((['--method', 'ae', '--name', name], '--name') for name in ('', '.', '..', 'a/b', '/x/y', 'x/'))):
             with mock.patch.object(data, 'find_fashion_mnist', side_effect=ValueError('Fashion-MNIST was wanted')):
                 refused(*words, cwd=cwd, said=[said])
         assert not list(cwd.iterdir())
