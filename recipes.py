@@ -265,7 +265,8 @@ def evaluate_again(folder, device):
 def finish(run, args, ds, model, device, seconds):
     """Pictures, then every measure (the test set is read here, once), then metrics.json."""
     train_ids, val_ids = data.split(len(ds.x_train), args.val, args.seed)
-    encode, reconstruct = representation(args, model, ds.x_train[train_ids], device)
+    x_train = ds.x_train[train_ids] if args.method == 'pca' else None      # a copy that only PCA needs
+    encode, reconstruct = representation(args, model, x_train, device)
     began = time.monotonic()
     metrics = evaluate.measure(ds, train_ids, val_ids, encode, reconstruct, args.seed, device=device)
     few = data.to_float(ds.x_train[val_ids][:16].to(device))

@@ -46,6 +46,7 @@ else:
         'head': dict(classify='linear'),
         'mixup': dict(classify=0.2),
     }
+    PLAIN = dict(data=None, limit=None, val=5000, name=None, resume=False, overwrite=False, device=None, seed=0)
     METHODS = {'ae': 'fully connected autoencoder', 'conv': 'convolutional residual autoencoder',
                'vae': 'variational autoencoder', 'simclr': 'contrastive learning',
                'classify': 'classifier from few labels', 'random': 'untrained encoder', 'pixels': 'raw pixels',
@@ -100,9 +101,10 @@ else:
                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
         count, positive, share = number(int, 1, 10**9), number(float, 0, 1e9, above=True), number(float, 0, 1)
 
-        def flag(group, name, help, default=None, **kwargs):
+        def flag(group, name, help, **kwargs):
             """Add a flag; its help ends with its default, taken from where the default is kept."""
-            per = PER_METHOD.get(name.strip('-').replace('-', '_'))
+            key = name.strip('-').replace('-', '_')
+            per, default = PER_METHOD.get(key), PLAIN.get(key) if not kwargs.get('action') else None
             if per and next(iter(per.values())) is not None:
                 values = set(map(str, per.values()))
                 one = next(iter(per.values()))
@@ -124,14 +126,14 @@ else:
         flag(g, '--data', 'folder of IDX files or an .npz with x_train and, optionally, y_train, x_test, y_test '
              '(default: Fashion-MNIST, downloaded if it is nowhere)', type=path, metavar='PATH')
         flag(g, '--limit', 'use only the first N training pictures', type=number(int, 20, 10**9), metavar='N')
-        flag(g, '--val', 'training pictures kept for validation, a tenth of all at most', 5000, type=count, metavar='N')
+        flag(g, '--val', 'training pictures kept for validation, a tenth of all at most', type=count, metavar='N')
         flag(g, '--name', 'run folder under runs/ (default: the method and what differs from its defaults)')
         flag(g, '--resume', 'continue an unfinished run to the same result; a finished one is left alone',
              action='store_true')
         flag(g, '--overwrite', 'start again in an existing run folder', action='store_true')
         flag(g, '--save-every', 'seconds between checkpoints', type=positive, metavar='S')
         flag(g, '--device', 'cuda, cuda:1, mps or cpu (default: the best there is)', metavar='NAME')
-        flag(g, '--seed', 'of weights, split, order, augmentation', 0, type=number(int, 0, 2**31 - 1), metavar='N')
+        flag(g, '--seed', 'of weights, split, order, augmentation', type=number(int, 0, 2**31 - 1), metavar='N')
 
         g = p.add_argument_group('network')
         flag(g, '--net', 'encoder: fc, conv or resnet', type=choice('fc', 'conv', 'resnet'))
@@ -211,10 +213,9 @@ else:
             parser.error(f'--name {typed["name"]!r} is not a plain folder name')
         if 'resume' in typed and 'overwrite' in typed:
             parser.error('--resume and --overwrite exclude each other')
-        plain = dict(method=method, data=None, limit=None, val=5000, name=None, resume=False, overwrite=False,
-                     device=None, seed=0)
         own = {key: per[method] for key, per in PER_METHOD.items() if method in per}
-        return argparse.Namespace(**{**plain, **own, **typed}), typed, {**plain, **own}
+        defaults = {'method': method, **PLAIN, **own}
+        return argparse.Namespace(**{**defaults, **typed}), typed, defaults
 
 
 # --------------------------------------------------------------------------------------- commands
