@@ -209,14 +209,14 @@ def f1(confusion):
 
 # -------------------------------------------------------------------------------- labelled probes
 
-def knn(x_train, y_train, x_test, k=20, tau=0.07):
+def knn(x_train, y_train, x_test, k=20, tau=0.07, classes=None):
     """Class of each test row by a vote of its k nearest training rows: (N,) int64.
 
     Cosine similarity s, votes weighted exp(s / tau) (arXiv 1805.01978, section 3.4).
     """
     k = min(k, len(x_train))
     bank = F.normalize(x_train.float(), dim=1).T
-    classes, votes = int(y_train.max()) + 1, []
+    classes, votes = classes or int(y_train.max()) + 1, []
     for part in F.normalize(x_test.float(), dim=1).split(max(1, CHUNK // len(x_train))):
         s, i = (part @ bank).topk(k, dim=1)
         vote = torch.zeros(len(part), classes, device=part.device)
@@ -233,21 +233,21 @@ def linear_probe(x_train, y_train, x_val, y_val, x_test, l2s=(1e-3, 1e-2, 1e-1, 
     K = int(torch.cat([y_train, y_val]).max()) + 1
     scores = []
     for l2 in l2s if len(x_val) else l2s[1:2]:
-        pred = _fit_logistic(x_train, y_train, K, l2)(x_val).argmax(1) if len(x_val) else y_val
+        pred = logistic_regression(x_train, y_train, K, l2)(x_val).argmax(1) if len(x_val) else y_val
         scores.append(((pred == y_val).float().mean().item(), l2))
     l2 = max(scores)[1]
-    predict = _fit_logistic(torch.cat([x_train, x_val]), torch.cat([y_train, y_val]), K, l2)
+    predict = logistic_regression(torch.cat([x_train, x_val]), torch.cat([y_train, y_val]), K, l2)
     return predict(x_test).argmax(1), l2
 
 
-def _fit_logistic(x, y, K, l2, iterations=200):
+def logistic_regression(x, y, K, l2, iterations=200):
     """Function from features to logits (N, K): minimises cross-entropy + l2 / 2 |W|^2 by L-BFGS."""
     mean, std = x.mean(0), x.std(0, unbiased=False).clamp(min=1e-6)
     def standardise(v):
         return (v - mean) / std
     xs = standardise(x)
-    W = torch.zeros(x.shape[1], K, device=x.device, requires_grad=True)
-    b = torch.zeros(K, device=x.device, requires_grad=True)
+    W = x.new_zeros(x.shape[1], K, requires_grad=True)
+    b = x.new_zeros(K, requires_grad=True)
     opt = torch.optim.LBFGS([W, b], max_iter=iterations, tolerance_change=1e-7, line_search_fn='strong_wolfe')
     def closure():
         opt.zero_grad()

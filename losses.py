@@ -51,9 +51,12 @@ def elbo(logits, x, mu, logvar, beta=1.0, likelihood='bernoulli'):
 
 
 @in_float32
-def cross_entropy(logits, y):
-    """Mean over the batch of -log softmax(logits)[y], in nats: logits (B, K), y (B,) int64."""
-    return F.cross_entropy(logits, y)
+def cross_entropy(logits, y, weight=None):
+    """Mean over the batch of -log softmax(logits)[y], in nats, times weight (B,) if given: logits (B, K), y (B,)
+    int64."""
+    if weight is None:
+        return F.cross_entropy(logits, y)
+    return (F.cross_entropy(logits, y, reduction='none') * weight).mean()
 
 
 @in_float32

@@ -4,6 +4,7 @@ Every encoder maps pictures (B, C, H, W) in 0..1 to features h (B, encoder.dim).
 pooled by an average (contrastive learning) or flattened into a linear layer (autoencoders, which need to
 know where things are).
 """
+import copy
 import math
 
 import torch
@@ -210,6 +211,39 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         return self.head(self.encoder(x))
+
+
+class MeanTeacher(nn.Module):
+    """A classifier and its teacher: the same network with the moving average of its weights (arXiv 1703.01780).
+
+    The student learns; the teacher gets no gradient, never leaves eval mode, and answers for both.
+    """
+
+    def __init__(self, student):
+        super().__init__()
+        self.student, self.teacher = student, copy.deepcopy(student).requires_grad_(False)
+        self.register_buffer('steps', torch.zeros(()))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    @torch.no_grad()
+    def follow(self, decay):
+        """Move the teacher's weights and BatchNorm statistics towards the student's; the first steps go further,
+        so that it doesn't dwell on the start: the decay rises as (1 + t) / (10 + t)."""
+        rate = 1 - torch.clamp((1 + self.steps) / (10 + self.steps), max=decay)
+        self.steps += 1
+        mine, theirs = self.teacher.state_dict(), self.student.state_dict()
+        for old, new in ((mine[k], theirs[k]) for k in mine):
+            old.lerp_(new, rate) if old.is_floating_point() else old.copy_(new)
+
+    def encode(self, x):
+        return self.teacher.encode(x)
+
+    def forward(self, x):
+        return self.teacher(x)
 
 
 def encoder_of(model):

@@ -3,6 +3,7 @@
 Only here and in ssl.py is `args` known, the namespace of all flags; everything below gets plain values.
 """
 import argparse
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -70,7 +71,7 @@ def run_method(args, typed):
         print(f'{run.folder} is already finished; --evaluate {run.folder} measures it again')
     else:
         try:
-            (classify if args.method == 'classify' else represent)(run, args, ds, device)
+            {'classify': classify, 'query': query}.get(args.method, represent)(run, args, ds, device)
         except ValueError:
             run.withdraw()
             raise
@@ -113,25 +114,108 @@ def classify(run, args, ds, device):
         score(run, args, ds, model, device, seconds)
 
 
+def query(run, args, ds, device):
+    """From no label at all: ask for a few, learn from them and from all other pictures, ask for those that then
+    say most, until the budget is spent or the accuracy reached; then close, and score on the test set."""
+    if ds.y_train is None:
+        raise ValueError('--method query needs labels to reveal, and the data has no y_train')
+    if not len(ds.classes) <= args.budget <= len(ds.x_train):
+        raise ValueError(f'--budget {args.budget:,} is out of range; wanted from {len(ds.classes)}, the number of '
+                         f'classes, to {len(ds.x_train):,}, the number of pictures')
+    model = nets.MeanTeacher(classifier_of(args, ds, device))
+    asking = Asking(run, args, ds, model, device)
+    objective = partial(objective_of(args), labelled=lambda: asking.labelled)
+    seconds = train_model(run, args, model, objective, asking.x, plan=asking.plan,
+                          after_step=partial(model.follow, args.ema))
+    if distributed.rank() == 0:
+        score(run, args, ds, model, device, seconds)
+
+
+class Asking:
+    """The rounds of --method query: every --round-epochs epochs a round asks for labels, the last asks for none,
+    and --closing epochs follow. What was asked is in the database, so that a resumed run asks nothing twice and
+    trains each epoch on the labels that it had."""
+
+    def __init__(self, run, args, ds, model, device):
+        self.args, self.ds, self.model, self.device, self.run = args, ds, model, device, run
+        self.x, self.labelled = ds.x_train.to(device), None
+        self.encode = representation(args, model, None, device)[0]
+        if distributed.rank() == 0:
+            self.paid = labels.LabelDatabase(run.folder / 'labels.sqlite', ds.y_train.__getitem__, args.budget,
+                                             ds.digest)
+
+    def plan(self, epoch, seconds):
+        """train.fit's plan: asks where a round is due, sets `labelled`, returns the number of epochs."""
+        answer = None
+        if distributed.rank() == 0:
+            now, inside = divmod(epoch - 1, self.args.round_epochs)
+            rounds = self.paid.rounds()
+            if inside == 0 and now not in rounds and all(asked for asked, _ in rounds.values()):
+                self.ask(now, epoch, seconds)
+                rounds = self.paid.rounds()
+            ended = [r for r, (asked, _) in rounds.items() if not asked]
+            last = ended[0] if ended else max(rounds) + math.ceil(
+                (self.args.budget - self.paid.spent) / self.args.round_size) + 1
+            answer = *self.paid.revealed(up_to=now), last * self.args.round_epochs + self.args.closing
+        ids, y, epochs = distributed.from_first(answer)
+        self.labelled = self.x[ids.to(self.device)], y.to(self.device)
+        return epochs
+
+    def ask(self, now, epoch, seconds):
+        """One round: predict all pictures, estimate the accuracy, choose whom to ask about, pay, say so."""
+        args, beliefs, estimate = self.args, None, None
+        n = min(args.round_size, args.budget - self.paid.spent)
+        known, y = (t.to(self.device) for t in self.paid.revealed())
+        h = evaluate.in_chunks(self.encode, self.x)
+        probs, h = self.model.teacher.head(h).softmax(1).detach(), F.normalize(h, dim=1)
+        if now:
+            ids, agreed = labels.pick_informative(n, probs, h, known, y, f'{args.seed} round {now}')
+            estimate = labels.estimate_accuracy(probs, agreed, self.paid.surprises(now - 3))
+            if args.until is not None and estimate is not None and estimate >= args.until:
+                n, ids = 0, ids[:0]
+        if args.pick == 'random':
+            ids = labels.pick_random(len(self.x), len(self.x), args.seed)[self.paid.spent:][:n]
+        elif not now:
+            ids = labels.pick_coverage(n, h, args.seed)
+        if now:
+            sure, guess = probs[ids].max(1)
+            beliefs = list(zip(guess.tolist(), sure.tolist(), agreed[ids].int().tolist()))
+        got = self.paid.reveal(ids, now, beliefs, estimate)
+        each = torch.bincount(self.paid.revealed()[1], minlength=len(self.ds.classes)).tolist()
+        left = math.ceil((args.budget - self.paid.spent) / args.round_size + 1) * args.round_epochs + args.closing
+        print(f'round {now}: {len(got)} asked, {self.paid.spent} of {args.budget} spent, by class {each}'
+              + (f', {100 * sum(g != b[0] for g, b in zip(got.tolist(), beliefs)) / len(got):.0f} % of them had been '
+                 'wrong' if beliefs else '')
+              + (f', estimated accuracy {100 * estimate:.1f} %' if estimate is not None else '')
+              + (f', about {runs.clock(seconds / (epoch - 1) * left)} left' if now else ''), flush=True)
+
+
 def score(run, args, ds, model, device, seconds):
     """Measure a classifier on the test set, once, and write metrics.json."""
     began, logits = time.monotonic(), representation(args, model, None, device, model.forward)[0]
     paid = labels.LabelDatabase(run.folder / 'labels.sqlite', None, 0, ds.digest)
-    metrics = {'labels': paid.spent, **evaluate.measure_classifier(ds, logits, device)}
+    def probs(x):
+        """Class probabilities; where training mirrored pictures, the mean of those of both ways round."""
+        return logits(x).softmax(1) + (logits(x.flip(3)).softmax(1) if args.flip else 0)
+    metrics = {'labels': paid.spent, **evaluate.measure_classifier(ds, probs, device)}
+    estimates = [estimate for _, estimate in paid.rounds().values() if estimate is not None]
+    if estimates:
+        metrics.update(estimate=estimates[-1], rounds=len(paid.rounds()))
     complete(run, args, metrics, seconds, began)
 
 
-def train_model(run, args, model, objective, x, x_val=None, y=None):
-    """train.fit with the flags filled in; says first what is trained on what."""
+def train_model(run, args, model, objective, x, x_val=None, **more):
+    """train.fit with the flags filled in, and more; says first what is trained on what."""
     if distributed.rank() == 0:
         where = f'{distributed.world()} x {x.device}' if distributed.world() > 1 else x.device
         print(f'{run.folder}: {args.method}, {nets.size(model):,} parameters on {where}'
               f'{" in bfloat16" if args.amp else ""}; {len(x):,} pictures {tuple(x.shape[1:])}', flush=True)
+    closing = args.closing if 'closing' in args else 0 if args.schedule == 'constant' else math.inf
     return train.fit(
-        distributed.sync_batchnorm(model), objective, x, x_val, run, y=y, epochs=args.epochs,
-        batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay, warmup=args.warmup,
-        schedule=args.schedule, patience=getattr(args, 'patience', 0), min_delta=getattr(args, 'min_delta', 0.0),
-        seed=args.seed, amp=args.amp, save_every=args.save_every)
+        distributed.sync_batchnorm(model), objective, x, x_val, run, epochs=getattr(args, 'epochs', 0),
+        batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay, warmup=args.warmup, closing=closing,
+        sam=getattr(args, 'sam', 0.0), patience=getattr(args, 'patience', 0),
+        min_delta=getattr(args, 'min_delta', 0.0), seed=args.seed, amp=args.amp, save_every=args.save_every, **more)
 
 
 def pick(args, ds, model, n, device):
@@ -173,6 +257,8 @@ def objective_of(args):
         return partial(train.contrastive, tau=args.tau, views=views_of(args))
     if args.method == 'classify':
         return partial(train.classification, views=views_of(args), mixup=args.mixup)
+    if args.method == 'query':
+        return partial(train.consistency, views=views_of(args), threshold=args.threshold)
     return partial(train.autoencoding, noise=args.noise)
 
 
@@ -254,8 +340,10 @@ def evaluate_again(folder, device):
     if not run.finished:
         raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
     seconds = runs.read_json(folder / 'metrics.json').get('seconds') or 0.0
-    if args.method == 'classify':
-        score(run, args, ds, load_weights(classifier_of(args, ds, device), folder), device, seconds)
+    if args.method in ('classify', 'query'):
+        model = classifier_of(args, ds, device)
+        model = nets.MeanTeacher(model) if args.method == 'query' else model
+        score(run, args, ds, load_weights(model, folder), device, seconds)
     elif 'net' in args:
         finish(run, args, ds, load_model(folder, config, device), device, seconds)
     else:

@@ -16,40 +16,49 @@ else:
     # Defaults that depend on the method; a method that is missing in a row does not take the flag.
     NETS = ('ae', 'conv', 'vae', 'simclr')
     PER_METHOD = {
-        'net': dict(ae='fc', conv='resnet', vae='resnet', simclr='resnet', random='resnet', classify='resnet'),
-        'width': dict(ae=1.0, conv=0.5, vae=0.5, simclr=1.0, random=1.0, classify=1.0),
+        'net': {'ae': 'fc', **dict.fromkeys(('conv', 'vae', 'simclr', 'random', 'classify', 'query'), 'resnet')},
+        'width': dict(ae=1.0, conv=0.5, vae=0.5, simclr=1.0, random=1.0, classify=1.0, query=1.0),
         'latent': dict(ae=64, conv=64, vae=64, pca=64),
         'epochs': dict(ae=5, conv=5, vae=5, simclr=7, classify=20),
-        'batch_size': dict(ae=128, conv=128, vae=128, simclr=512, classify=128),
-        'lr': dict(ae=1e-3, conv=2e-3, vae=2e-3, simclr=4e-3, classify=1e-3),
-        'weight_decay': dict(ae=0.0, conv=0.0, vae=0.0, simclr=1e-4, classify=5e-4),
-        'warmup': dict(ae=0.0, conv=0.5, vae=0.5, simclr=0.5, classify=1.0),
+        'batch_size': dict(ae=128, conv=128, vae=128, simclr=512, classify=128, query=256),
+        'lr': dict(ae=1e-3, conv=2e-3, vae=2e-3, simclr=4e-3, classify=1e-3, query=1e-3),
+        'weight_decay': dict(ae=0.0, conv=0.0, vae=0.0, simclr=1e-4, classify=5e-4, query=5e-4),
+        'warmup': dict(ae=0.0, conv=0.5, vae=0.5, simclr=0.5, classify=1.0, query=1.0),
         'schedule': dict(ae='constant', conv='cosine', vae='cosine', simclr='cosine', classify='cosine'),
         'patience': dict(ae=5, conv=5, vae=5),
         'min_delta': dict(ae=0.001, conv=0.0, vae=0.0),
-        'noise': dict(ae=0.0, conv=0.0, simclr=0.0, classify=0.0),
+        'noise': dict(ae=0.0, conv=0.0, simclr=0.0, classify=0.0, query=0.0),
         'beta': dict(vae=1.0),
         'likelihood': dict(vae='bernoulli'),
         'tau': dict(simclr=0.2),
-        'crop': dict(simclr=0.3, classify=0.7),
-        'flip': dict(simclr=True, classify=True),
-        'rotate': dict(simclr=10.0, classify=5.0),
-        'jitter': dict(simclr=0.4, classify=0.2),
-        'blur': dict(simclr=0.0, classify=0.0),
-        'cutout': dict(simclr=0.0, classify=0.3),
-        'amp': dict.fromkeys(NETS + ('random', 'classify')),
-        'save_every': dict.fromkeys(NETS + ('classify',), 60.0),
-        'encoder': dict(classify=None),
+        'crop': dict(simclr=0.3, classify=0.7, query=0.5),
+        'flip': dict(simclr=True, classify=True, query=True),
+        'rotate': dict(simclr=10.0, classify=5.0, query=10.0),
+        'jitter': dict(simclr=0.4, classify=0.2, query=0.4),
+        'blur': dict(simclr=0.0, classify=0.0, query=0.0),
+        'cutout': dict(simclr=0.0, classify=0.3, query=0.4),
+        'amp': dict.fromkeys(NETS + ('random', 'classify', 'query')),
+        'save_every': dict.fromkeys(NETS + ('classify', 'query'), 60.0),
+        'encoder': dict(classify=None, query=None),
         'labels': dict(classify=0.1),
-        'pick': dict(classify='random'),
-        'freeze': dict(classify=False),
-        'head': dict(classify='linear'),
+        'pick': dict(classify='random', query='informative'),
+        'freeze': dict(classify=False, query=False),
+        'head': dict(classify='linear', query='linear'),
         'mixup': dict(classify=0.2),
+        'sam': dict(classify=0.0, query=0.0),
+        'budget': dict(query=1000),
+        'until': dict(query=None),
+        'round_size': dict(query=100),
+        'round_epochs': dict(query=2),
+        'closing': dict(query=8),
+        'threshold': dict(query=0.95),
+        'ema': dict(query=0.997),
     }
     PLAIN = dict(data=None, limit=None, val=5000, name=None, resume=False, overwrite=False, device=None, seed=0)
     METHODS = {'ae': 'fully connected autoencoder', 'conv': 'convolutional residual autoencoder',
                'vae': 'variational autoencoder', 'simclr': 'contrastive learning',
-               'classify': 'classifier from few labels', 'random': 'untrained encoder', 'pixels': 'raw pixels',
+               'classify': 'classifier from few labels', 'query': 'classifier that asks for its labels',
+               'random': 'untrained encoder', 'pixels': 'raw pixels',
                'pca': 'principal components'}
     EPILOG = """examples, with what two CPU cores gave on Fashion-MNIST:
   python ssl.py --method ae                      5 epochs in about 10 s: test MSE .011, SSIM .68
@@ -167,12 +176,27 @@ else:
              metavar='RUN')
         flag(g, '--labels', 'how many labels to pay for, or below 1 their share',
              type=number(float, 0, 1e9, above=True), metavar='N')
-        flag(g, '--pick', 'which: random, coverage (k-means medoids of the encoder\'s features) or balanced (as many '
-             'of each class, for comparison with benchmarks: it looks at labels nobody paid for)',
-             type=choice('random', 'coverage', 'balanced'))
+        flag(g, '--pick', 'which: random, coverage (classify: k-means medoids of the encoder\'s features), informative '
+             '(query: where its errors are) or balanced (classify: as many of each class, for comparison with '
+             'benchmarks: it looks at labels nobody paid for)',
+             type=choice('random', 'coverage', 'balanced', 'informative'))
         flag(g, '--freeze', 'train only the head; the encoder keeps every bit', action=argparse.BooleanOptionalAction)
         flag(g, '--head', 'linear, or mlp of two layers', type=choice('linear', 'mlp'))
         flag(g, '--mixup', 'alpha of mixup; 0 is none', type=number(float, 0, 100), metavar='ALPHA')
+
+        flag(g, '--sam', 'radius of sharpness-aware minimisation; 0 is none, else twice the time',
+             type=number(float, 0, 100), metavar='RHO')
+
+        g = p.add_argument_group('queries')
+        flag(g, '--budget', 'how many labels to pay for at most', type=count, metavar='N')
+        flag(g, '--until', 'stop asking when the accuracy, estimated from the answers, reaches this share',
+             type=number(float, 0, 1, above=True), metavar='X')
+        flag(g, '--round-size', 'labels a round asks for', type=count, metavar='N')
+        flag(g, '--round-epochs', 'epochs between two rounds', type=count, metavar='N')
+        flag(g, '--closing', 'epochs after the last round, in which the learning rate falls', type=number(
+             int, 0, 10**6), metavar='N')
+        flag(g, '--threshold', 'how sure the teacher must be of a pseudo-label', type=share, metavar='P')
+        flag(g, '--ema', 'decay of the teacher\'s weights a step', type=share, metavar='X')
 
         g = p.add_argument_group('views')
         flag(g, '--crop', 'smallest share of the area a crop keeps; 1 is no crop', type=number(float, 0.01, 1),
@@ -209,6 +233,8 @@ else:
             if method and key in PER_METHOD and method not in PER_METHOD[key]:
                 parser.error(f'--{key.replace("_", "-")} does nothing for --method {method}; '
                              f'it is for {", ".join(PER_METHOD[key])}')
+        if typed.get('pick') in {'classify': ['informative'], 'query': ['coverage', 'balanced']}.get(method, []):
+            parser.error(f'--pick {typed["pick"]} does nothing for --method {method}; see --help')
         if 'name' in typed and (Path(typed['name']).name != typed['name'] or typed['name'] in ('', '..')):
             parser.error(f'--name {typed["name"]!r} is not a plain folder name')
         if 'resume' in typed and 'overwrite' in typed:

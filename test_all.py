@@ -153,15 +153,17 @@ def tiny(method, *more):
         flags += ['--no-amp', '--width', 0.1]
     if method in ('ae', 'conv', 'vae', 'pca'):
         flags += ['--latent', 4]
-    if method in TRAINED:
-        flags += ['--epochs', 2, '--batch-size', 40 if method in UNLABELLED else 2000]
+    if method in UNLABELLED:
+        flags += ['--epochs', 2, '--batch-size', 40]
     if method == 'classify':                                              # an epoch is 6,000 pictures
-        flags += ['--labels', 15]
+        flags += ['--epochs', 2, '--batch-size', 2000, '--labels', 15]
+    if method == 'query':                                                 # two rounds of an epoch each
+        flags += ['--batch-size', 40, '--budget', 15, '--round-size', 8, '--round-epochs', 1, '--closing', 0]
     return flags + list(more)
 
 
 UNLABELLED = ('ae', 'conv', 'vae', 'simclr')
-TRAINED = (*UNLABELLED, 'classify')
+TRAINED = (*UNLABELLED, 'classify', 'query')
 
 
 def only_training():
@@ -327,7 +329,7 @@ def test_a_wrong_value_of_any_number_flag_is_one_line_and_starts_nothing():
     assert len(numbers) > 20
     wrong = ['-1', '-1e9', 'nan', 'inf', '1e999', '9' * 400, '', 'abc', '1,5', '0x10', '--lr']
     zero = {'seed', 'epochs', 'weight_decay', 'warmup', 'patience', 'min_delta', 'noise', 'beta', 'rotate',
-            'jitter', 'blur', 'cutout', 'mixup'}                                 # where 0 is a value like others
+            'jitter', 'blur', 'cutout', 'mixup', 'sam', 'closing', 'threshold', 'ema'}                                 # where 0 is a value like others
     with folder() as cwd:
         for dest, action in numbers.items():
             for text in wrong + ['0'] * (dest not in zero) + ['1.5'] * (dest == 'epochs'):
@@ -376,7 +378,7 @@ def test_a_flag_that_does_not_belong_to_the_method_is_refused():
     with folder() as cwd:
         for dest, action in flags().items():
             if dest in cli.PER_METHOD:
-                value = [] if action.nargs == 0 else [next(str(v) for v in cli.PER_METHOD[dest].values())]
+                value = [] if action.nargs == 0 else [next('1' if v is None else str(v) for v in cli.PER_METHOD[dest].values())]
                 for method in set(cli.METHODS) - set(takers(dest)):
                     refused('--method', method, action.option_strings[0], *value, cwd=cwd, said=['it is for'])
         assert not list(cwd.iterdir())
@@ -393,21 +395,24 @@ def test_a_flag_that_a_command_would_ignore_is_refused():
 
 def test_every_training_flag_changes_what_is_trained():
     other = {'net': 'conv', 'width': 0.3, 'latent': 3, 'epochs': 2, 'lr': 0.01, 'weight_decay': 0.5, 'warmup': 3,
-             'batch_size': {**dict.fromkeys(UNLABELLED, 8), 'classify': 2500},
+             'batch_size': {**dict.fromkeys(UNLABELLED, 8), 'classify': 2500, 'query': 8},
              'schedule': {**dict.fromkeys(TRAINED, 'constant'), 'ae': 'cosine'},
+             'sam': 0.5, 'budget': 12, 'round_size': 6, 'round_epochs': 2, 'closing': 1, 'ema': 0.5,
+             'threshold': 0.1,
              'noise': 0.3, 'beta': 3, 'likelihood': 'gaussian', 'tau': 1, 'crop': 0.9, 'rotate': 90, 'jitter': 0,
              'blur': 1, 'cutout': 0.5, 'flip': '--no-flip', 'amp': '--amp', 'freeze': '--freeze', 'labels': 12,
              'pick': 'coverage', 'head': 'mlp', 'mixup': 0, 'seed': 1, 'limit': 30,
              'val': dict.fromkeys(UNLABELLED, 1)}
     elsewhere = {'patience', 'min_delta', 'save_every', 'method', 'evaluate', 'compare', 'show_views', 'fetch',
-                 'data', 'name', 'resume', 'overwrite', 'device', 'encoder'}
+                 'data', 'name', 'resume', 'overwrite', 'device', 'encoder', 'until'}
     assert set(other) | elsewhere == set(flags()), 'a flag without a test'
     with folder() as cwd, only_training():
         x, y = pictures(45, 8, 8)
         write_npz(cwd / 'small.npz', x_train=x, y_train=y)
         def trained(method, *more):
-            batch = 14 if method in UNLABELLED else 3000
-            code, _, err = run(*tiny(method), '--data', 'small.npz', '--epochs', 1, '--warmup', 0,
+            batch = 3000 if method == 'classify' else 14
+            once = ['--epochs', 1] if method in takers('epochs') else []
+            code, _, err = run(*tiny(method), '--data', 'small.npz', *once, '--warmup', 0,
                                '--batch-size', batch, '--overwrite', *more, cwd=cwd)
             assert code == 0, err
             return runs.state_digest(runs.load_checkpoint(cwd / 'runs' / method / 'checkpoint.pt')['model'])
@@ -1345,7 +1350,7 @@ def test_linear_probe_is_the_optimum_that_scipy_finds():
     x, noise = randn(90, 4) * torch.tensor([1, 10, 0.1, 3]) + 5, randn(90, seed=3)
     y = ((x[:, 0] > 5).long() + (x[:, 2] + 0.05 * noise > 5).long())
     for l2 in 1e-3, 1e-1:
-        predict, wanted = evaluate._fit_logistic(x, y, 3, l2), logistic_by_scipy(x.double().numpy(), y.numpy(), 3, l2)
+        predict, wanted = evaluate.logistic_regression(x, y, 3, l2), logistic_by_scipy(x.double().numpy(), y.numpy(), 3, l2)
         assert close(predict(x).log_softmax(1), wanted(x.double().numpy()), 5e-3)
     a, b, test = slice(0, 50), slice(50, 90), randn(40, 4, seed=7) * torch.tensor([1, 10, 0.1, 3]) + 5
     X, Y, l2s = x.double().numpy(), y.numpy(), (1e-3, 1e-1, 10.0)
@@ -1494,11 +1499,112 @@ def test_picks_are_random_balanced_or_nearest_to_the_centres_of_clusters():
     assert set(evaluate.medoids(h, centres).tolist()) == wanted
 
 
+def test_informative_queries_are_disagreements_and_small_margins_never_known_and_spread():
+    h = torch.nn.functional.normalize(randn(400, 6, seed=2), dim=1)
+    probs = (3 * randn(400, 4, seed=3)).softmax(1)
+    known, y = torch.arange(40), torch.arange(40) % 4
+    ids, agreed = labels.pick_informative(20, probs, h, known, y, 'a')
+    assert len(set(ids.tolist())) == 20 and not set(ids.tolist()) & set(known.tolist())
+    vote = []
+    for row in h:                                                         # the vote, said plainly
+        near = sorted(range(40), key=lambda j, row=row: -float(row @ h[j]))[:10]
+        weight = {j: math.exp(float(row @ h[j]) / 0.1) for j in near}
+        vote.append(max(range(4), key=lambda k, weight=weight: sum(w for j, w in weight.items() if y[j] == k)))
+    assert agreed.tolist() == [v == p for v, p in zip(vote, probs.argmax(1).tolist())]
+    assert not agreed[ids[:10]].any()
+    top = probs.topk(2, 1).values
+    margin = (top[:, 0] - top[:, 1]).tolist()
+    open_ = sorted(set(range(400)) - set(known.tolist()) - set(ids[:10].tolist()), key=margin.__getitem__)
+    assert set(ids[10:].tolist()) <= set(open_[:150])
+    again = labels.pick_informative(20, probs, h, known, y, 'a')[0]
+    assert again.tolist() == ids.tolist() != labels.pick_informative(20, probs, h, known, y, 'b')[0].tolist()
+    few = labels.pick_informative(355, probs, h, known, y, 'a')[0]        # fewer disagreements than wanted
+    assert len(set(few.tolist())) == 355 and not set(few.tolist()) & set(known.tolist())
+    twins = torch.cat([known, 40 + torch.arange(0, 360) // 60 % 6])       # one open picture in six guises
+    ids = labels.pick_informative(6, probs[twins], h[twins], known, y, 'a')[0]
+    assert len(set(ids.tolist())) == 6
+
+
+def test_the_estimated_accuracy_is_right_though_the_queries_are_the_hard_ones():
+    rng = np.random.default_rng(0)
+    n = 20000
+    conf = rng.beta(6, 1, n).clip(0.3, 0.999)
+    agreed = rng.random(n) < conf
+    odds = 0.7 * np.log(conf / (1 - conf)) + 1.5 * agreed - 1               # overconfident, and worse where they differ
+    right = rng.random(n) < 1 / (1 + np.exp(-odds))
+    asked = np.concatenate([np.flatnonzero(~agreed)[:150], conf.argsort()[:600:4]])
+    probs = torch.stack([torch.tensor(conf), torch.tensor(1 - conf)], 1).float()
+    surprises = torch.tensor(np.stack([conf[asked], agreed[asked], right[asked]], 1), dtype=torch.float32)
+    estimate = labels.estimate_accuracy(torch.cat([probs, 0 * probs], 1), torch.tensor(agreed), surprises)
+    assert abs(estimate - right.mean()) < 0.04 < right.mean() - right[asked].mean()
+    assert abs(conf.mean() - right.mean()) > 0.04                           # what the model itself would say
+    assert labels.estimate_accuracy(probs, torch.tensor(agreed), surprises[:0]) is None
+
+
+def test_rounds_and_beliefs_are_kept_with_the_answers():
+    with folder() as f:
+        paid = labels.LabelDatabase(f / 'l.sqlite', lambda ids: [i % 3 for i in ids], 9, 'abc')
+        paid.reveal([4, 5])
+        paid.reveal([7, 8], 1, [(1, 0.9, 1), (0, 0.6, 0)])
+        paid.reveal([], 2, None, 0.75)
+        again = labels.LabelDatabase(f / 'l.sqlite', None, 0, 'abc')
+        assert again.rounds() == {0: (2, None), 1: (2, None), 2: (0, 0.75)} and again.spent == 4
+        assert close(again.surprises(0), torch.tensor([[0.9, 1, 1], [0.6, 0, 0]]))
+        assert again.surprises(2).shape == (0, 3) and again.revealed(up_to=0)[0].tolist() == [4, 5]
+
+
+def test_the_teacher_is_the_moving_average_of_the_student():
+    torch.manual_seed(0)
+    model = nets.MeanTeacher(nets.Classifier(nets.Encoder('resnet', (1, 8, 8), 0.1), 3)).train()
+    assert model.student.training and not model.teacher.training
+    key = 'head.0.weight'
+    wanted = model.teacher.state_dict()[key].clone()
+    for t in range(30):
+        with torch.no_grad():
+            model.student.head[0].weight.add_(randn(*wanted.shape, seed=t))
+        model.follow(0.7)
+        d = min(0.7, (1 + t) / (10 + t))
+        wanted = d * wanted + (1 - d) * model.student.head[0].weight
+    assert close(model.teacher.state_dict()[key], wanted, 1e-5)
+    assert not any(p.requires_grad for p in model.teacher.parameters())
+
+
+def test_consistency_learns_from_pictures_the_teacher_is_sure_of_and_from_no_other():
+    torch.manual_seed(0)
+    model = nets.MeanTeacher(nets.Classifier(nets.Encoder('fc', (1, 8, 8)), 3)).train()
+    x, views = randn(8, 1, 8, 8, seed=1).sigmoid(), data.Views(1, False, 0, 0)
+    x_l, y_l = (randn(5, 1, 8, 8, seed=2).sigmoid() * 255).byte(), torch.tensor([0, 1, 2, 0, 1])
+    def value(threshold):
+        g = data.generator('cpu', 0)
+        loss, parts = train.consistency(model, x, g, lambda: (x_l, y_l), views, threshold)
+        return loss.item(), parts['accepted'].item()
+    ids = torch.randint(5, (2,), generator=data.generator('cpu', 0))
+    supervised = torch.nn.functional.cross_entropy(model.student(x_l[ids].float() / 255), y_l[ids]).item()
+    assert close(value(1.0)[0], supervised) and value(1.0)[1] == 0
+    with mock.patch.object(data, 'augment', lambda x, views, g: x):
+        loss, accepted = value(0.0)
+    logits = model.student(x)
+    unsupervised = torch.nn.functional.cross_entropy(logits, model.teacher(x).argmax(1)).item()
+    assert close(loss, supervised + unsupervised) and accepted == 1
+
+
+def test_sam_takes_the_gradient_where_the_loss_is_highest_nearby_and_goes_back():
+    model = torch.nn.Linear(2, 1, bias=False).double()
+    model.weight.data = torch.tensor([[3.0, 4.0]]).double()
+    (model.weight.square().sum() / 2).backward()                            # its gradient is the weight itself
+    with train.climbed(model, 0.5):
+        assert close(model.weight, torch.tensor([[3.3, 4.4]]).double())
+    assert model.weight.tolist() == [[3.0, 4.0]]
+
+
 def test_labels_that_were_not_paid_for_change_nothing_of_a_classifier():
     with folder() as cwd:
-        for pick in 'random', 'coverage':
+        for method, pick in itertools.product(('classify', 'query'), ('random', 'coverage', 'informative')):
+            if pick == {'classify': 'informative', 'query': 'coverage'}[method]:
+                refused(*tiny(method), '--pick', pick, cwd=cwd, said=[pick, method])
+                continue
             write_npz(cwd / 'tiny.npz')
-            assert run(*tiny('classify'), '--pick', pick, '--name', 'honest', '--overwrite', cwd=cwd)[0] == 0
+            assert run(*tiny(method), '--pick', pick, '--name', 'honest', '--overwrite', cwd=cwd)[0] == 0
             y, digest = arrays(), data.load(cwd / 'tiny.npz').digest
             paid = labels.LabelDatabase(cwd / 'runs/honest/labels.sqlite', None, 0, digest)
             ids = paid.revealed()[0].numpy()
@@ -1506,8 +1612,28 @@ def test_labels_that_were_not_paid_for_change_nothing_of_a_classifier():
             y['y_train'][others] = y['y_train'][others[::-1]]
             assert len(set(ids)) == paid.spent == 15 and (y['y_train'] != arrays()['y_train']).any()
             write_npz(cwd / 'tiny.npz', **y)
-            assert run(*tiny('classify'), '--pick', pick, '--name', 'other', '--overwrite', cwd=cwd)[0] == 0
+            assert run(*tiny(method), '--pick', pick, '--name', 'other', '--overwrite', cwd=cwd)[0] == 0
             assert_same_run(cwd / 'runs' / 'honest', cwd / 'runs' / 'other')
+
+
+def test_queries_stop_when_the_estimated_accuracy_is_reached_and_without_a_test_set_too():
+    with folder() as cwd:
+        x, y = pictures(200)
+        write_npz(cwd / 'tiny.npz', x_train=x, y_train=y)
+        flags = tiny('query', '--budget', 40, '--round-size', 5, '--closing', 1)
+        code, out, err = run(*flags, '--until', 0.2, '--name', 'until', cwd=cwd)
+        assert code == 0 and not err
+        m = measured(cwd / 'runs' / 'until')
+        paid = labels.LabelDatabase(cwd / 'runs/until/labels.sqlite', None, 0, data.load(cwd / 'tiny.npz').digest)
+        *before, last = paid.rounds().values()
+        assert 10 <= m['labels'] == paid.spent == 5 * len(before) < 40 and last == (0, m['estimate'])
+        assert all(asked == 5 and (e is None or e < 0.2) for asked, e in before) and m['estimate'] >= 0.2
+        assert len(logged(cwd / 'runs' / 'until')) == len(before) + 1
+        assert 'accuracy' not in m and 'no labelled test set' in out and 'estimated accuracy' in out
+        code, _, err = run(*flags, cwd=cwd)
+        assert code == 0 and measured(cwd / 'runs' / 'query')['labels'] == 40
+        write_npz(cwd / 'tiny.npz', x_train=x)
+        refused(*flags, '--overwrite', cwd=cwd, said=['y_train'])
 
 
 def test_a_classifier_starts_from_any_encoder_and_a_frozen_one_keeps_every_bit():
@@ -1537,6 +1663,9 @@ def test_a_classifier_that_can_not_start_is_one_line_and_leaves_no_run():
                            (['--encoder', finished('simclr'), '--data', 'other.npz'], '(1, 8, 12)'),
                            (['--encoder', finished('simclr'), '--net', 'fc'], '--net')):
             refused(*flags, *more, cwd=cwd, said=[said])
+        for more, said in (['--budget', 121], '120'), (['--budget', 2], 'classes'), (
+                ['--encoder', finished('simclr'), '--data', 'other.npz'], '(1, 8, 12)'):
+            refused(*[w for w in tiny('query') if w not in ('--width', 0.1)], *more, cwd=cwd, said=[said])
         refused(*tiny('pca'), '--latent', 121, cwd=cwd, said=['121'])
         assert not list((cwd / 'runs').glob('*'))
 
@@ -1771,14 +1900,16 @@ def test_a_run_folder_with_foreign_content_is_one_sentence():
 # train.py ----------------------------------------------------------------------------------------------------
 
 def test_learning_rate_warms_up_to_its_peak_and_comes_down_to_zero_step_by_step():
-    curve = [train.lr_scale(s, 100, 10, 'cosine') for s in range(100)]
+    curve = [train.lr_scale(s, 100, 10, math.inf) for s in range(100)]
     wanted = [(s + 1) / 10 if s < 10 else (1 + math.cos(math.pi * (s - 10) / 90)) / 2 for s in range(100)]
     assert close(curve, wanted) and curve[9] == curve[10] == 1 and curve[99] < 1e-3
     assert all(a > b for a, b in zip(curve[10:], curve[11:]))
-    assert [train.lr_scale(s, 100, 0, 'constant') for s in (0, 50, 99)] == [1, 1, 1]
+    assert [train.lr_scale(s, 100, 0, 0) for s in (0, 50, 99)] == [1, 1, 1]
+    held = [train.lr_scale(s, 100, 10, 20) for s in range(100)]
+    assert held[10:81] == [1] * 71 and close(held[80:], [(1 + math.cos(math.pi * s / 20)) / 2 for s in range(20)])
     for steps, warmup in itertools.product((1, 3, 7, 10), (0, 0.5, 1.5, 3, 3.5, 50)):
-        for schedule in 'cosine', 'constant':
-            assert all(0 < train.lr_scale(s, steps, warmup, schedule) <= 1 for s in range(steps)), (steps, warmup)
+        for closing in 0, 2, math.inf:
+            assert all(0 < train.lr_scale(s, steps, warmup, closing) <= 1 for s in range(steps)), (steps, warmup)
 
 
 def test_the_schedule_is_asked_at_every_step_of_the_whole_run():
@@ -1790,9 +1921,9 @@ def test_the_schedule_is_asked_at_every_step_of_the_whole_run():
         write_npz(cwd / 'tiny.npz')
         code, _, err = run(*tiny('conv'), '--warmup', 1, '--lr', 0.01, cwd=cwd)
         assert code == 0, err
-        wanted = [(step, 6, 3, 'cosine') for step in range(6)]            # 108 pictures in batches of 36
+        wanted = [(step, 6, 3, math.inf) for step in range(6)]            # 108 pictures in batches of 36
         assert list(dict.fromkeys(asked)) == wanted
-        last, groups = 0.01 * real(5, 6, 3, 'cosine'), weights(cwd / 'runs' / 'conv')['optimizer']['param_groups']
+        last, groups = 0.01 * real(5, 6, 3, math.inf), weights(cwd / 'runs' / 'conv')['optimizer']['param_groups']
         assert close([row['lr'] for row in logged(cwd / 'runs' / 'conv')], [0.01, last])
         assert [group['lr'] for group in groups] == [last] * 2
 
@@ -1874,7 +2005,7 @@ def test_measuring_leaves_the_backbone_bit_identical():
 
 def test_every_method_learns_on_tiny_pictures_and_leaves_all_its_files():
     shows = {'ae': 'reconstructions', 'conv': 'reconstructions', 'vae': 'reconstructions samples interpolation',
-             'simclr': 'views', 'classify': '', 'random': '', 'pixels': '', 'pca': 'reconstructions'}
+             'simclr': 'views', 'classify': '', 'query': '', 'random': '', 'pixels': '', 'pca': 'reconstructions'}
     for method, pngs in shows.items():
         there = finished(method)
         files = {'config.json', 'metrics.json', '.lock'} | {f'{png}.png' for png in pngs.split()}
@@ -1882,7 +2013,7 @@ def test_every_method_learns_on_tiny_pictures_and_leaves_all_its_files():
             files |= {'log.jsonl', 'checkpoint.pt'}
             rows = logged(there)
             assert [row['epoch'] for row in rows] == [1, 2] and rows[1]['loss'] < rows[0]['loss'], method
-        if method == 'classify':
+        if method in ('classify', 'query'):
             files |= {'labels.sqlite'}
         assert {p.name for p in there.iterdir()} - {'checkpoint.previous.pt'} == files, method
         m, config = measured(there), runs.read_json(there / 'config.json')
@@ -1915,14 +2046,14 @@ def stopping(how):
     original = recipes.objective_of
     def objective_of(args):
         objective, steps = original(args), []
-        def one(model, *given):
+        def one(model, *given, **more):
             if model.training:
                 steps.append(1)
                 if how is Killed and len(steps) == 2:
                     raise Killed
                 if how is not Killed and len(steps) == 1:
                     os.kill(os.getpid(), how)
-            return objective(model, *given)
+            return objective(model, *given, **more)
         return one
     return mock.patch.object(recipes, 'objective_of', objective_of)
 
@@ -2037,9 +2168,9 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_the_last_good_check
             original = recipes.objective_of
             def objective_of(args, original=original):
                 objective, steps = original(args), []
-                def explodes_at_step_4(model, *given):
+                def explodes_at_step_4(model, *given, **more):
                     steps.append(model.training)
-                    loss, parts = objective(model, *given)
+                    loss, parts = objective(model, *given, **more)
                     return loss * (math.nan if sum(steps) == 4 and model.training else 1), parts
                 return explodes_at_step_4
             with mock.patch.object(recipes, 'objective_of', objective_of):
@@ -2057,7 +2188,7 @@ def test_a_huge_learning_rate_never_saves_weights_that_are_not_finite():
         write_npz(cwd / 'tiny.npz')
         stopped = 0
         for method in TRAINED:
-            code, _, err = run(*tiny(method), '--lr', 1e9, '--warmup', 0, '--epochs', 4, '--save-every', 1e-9, cwd=cwd)
+            code, _, err = run(*tiny(method), '--lr', 1e9, '--warmup', 0, '--save-every', 1e-9, cwd=cwd)
             saved = weights(cwd / 'runs' / method)['model']
             assert all(v.isfinite().all() for v in saved.values()), method
             assert code in (0, 2) and err.count('\n') == (code == 2), err

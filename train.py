@@ -55,6 +55,25 @@ def classification(model, x, y, g, views=None, mixup=0.0):
     return share * losses.cross_entropy(logits, y) + (1 - share) * losses.cross_entropy(logits, y[other]), {}
 
 
+def consistency(model, x, g, labelled, views, threshold=0.95):
+    """FixMatch (arXiv 2001.07685) with a mean teacher, on unlabelled pictures x and a quarter as many labelled
+    ones: cross-entropy of the labelled, plus that of the student's prediction for a strong view against the class
+    that the teacher sees in a weak view, where it is surer than `threshold`.
+
+    model: nets.MeanTeacher. labelled: function that returns (x, y) of those paid for so far. views: the strong ones.
+    """
+    x_l, y_l = labelled()
+    ids = torch.randint(len(y_l), (-(-len(x) // 4),), generator=g, device=x.device)
+    weak = data.augment(x, data.Views(crop=0.9, flip=views.flip, rotate=0, jitter=0), g)
+    with torch.no_grad():
+        sure, guess = model.teacher(weak).float().softmax(1).max(1)
+    logits = model.student(data.augment(torch.cat([data.to_float(x_l[ids]), x]), views, g))
+    accepted = (sure > threshold).float()
+    supervised = losses.cross_entropy(logits[:len(ids)], y_l[ids])
+    unsupervised = losses.cross_entropy(logits[len(ids):], guess, accepted)
+    return supervised + unsupervised, {'accepted': accepted.mean()}
+
+
 # ------------------------------------------------------------------------------------- precision
 
 def amp_by_default(device):
@@ -85,13 +104,31 @@ def optimizer(model, lr, weight_decay):
                               {'params': spare, 'weight_decay': 0.0}], lr=lr, fused=fused)
 
 
-def lr_scale(step, steps, warmup, schedule):
-    """Learning rate of a step as a share of its peak: linear warm-up, then constant or a half cosine to 0."""
+@contextmanager
+def climbed(model, rho):
+    """The weights moved by rho along their gradient, and back at the end: where sharpness-aware minimisation takes
+    the gradient that it descends by (arXiv 2010.01412, eq. 2). BatchNorm's statistics stay as they are."""
+    moved = [p for p in model.parameters() if p.grad is not None]
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    held = [*moved, *(b for m in norms for b in m.buffers())]
+    before = [t.detach().clone() for t in held]
+    length = torch.stack([p.grad.norm() for p in moved]).norm().clamp(min=1e-12)
+    with torch.no_grad():
+        for p in moved:
+            p.add_(p.grad * (rho / length))
+        with torch.enable_grad():
+            yield
+        for t, old in zip(held, before):
+            t.copy_(old)
+
+
+def lr_scale(step, steps, warmup, closing):
+    """Learning rate of a step as a share of its peak: linear warm-up, constant, then over the last `closing` of
+    all steps, as far as warm-up leaves them, a half cosine to 0."""
     if step < warmup:
         return min(1.0, (step + 1) / warmup)
-    if schedule == 'constant':
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    closing = min(closing, steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * max(0, step - steps + closing) / max(1, closing)))
 
 
 @contextmanager
@@ -113,14 +150,20 @@ def signals():
 # -------------------------------------------------------------------------------------- the loop
 
 def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weight_decay=0.0, warmup=0.0,
-        schedule='cosine', patience=0, min_delta=0.0, seed=0, amp=False, save_every=60.0):
+        closing=math.inf, sam=0.0, plan=None, after_step=None, patience=0, min_delta=0.0, seed=0, amp=False,
+        save_every=60.0):
     """Train model on x (N, C, H, W) uint8, and labels y (N,) if the objective takes them; returns the
-    seconds it took, over all its sessions. x_val None: no validation, no early stop.
+    seconds it took, over all its sessions. x_val None: no validation, no early stop. warmup and closing are
+    in epochs: the learning rate rises over the first and falls over the last (inf: as soon as it is up).
+
+    plan(epoch, seconds so far), if given, is called before each epoch, and again where one is resumed in its
+    middle; it returns how many epochs there will be, as far as is known. after_step() is called after each
+    step. sam: radius of sharpness-aware minimisation, 0 for none.
 
     Continues from the run's checkpoint, to the bit, if it has one. Stops early when the validation loss
     has not fallen by min_delta for `patience` epochs (0: never). Raises Stopped after a signal, once
     the state is saved, and ValueError when the loss is no longer finite; then the last good checkpoint
-    stays. warmup is in epochs.
+    stays.
     """
     opt = optimizer(model, lr, weight_decay)
     own = [distributed.rank()] if distributed.rank() else []                 # processes draw different views
@@ -135,7 +178,16 @@ def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weig
     def rate():
         """Learning rate of the step that state['step'] is after."""
         done = (state['epoch'] - 1) * steps + state['step'] - 1
-        return lr * lr_scale(done, epochs * steps, warmup * steps, schedule)
+        return lr * lr_scale(done, epochs * steps, warmup * steps, closing * steps)
+
+    def backward(batch, epoch, step):
+        """Loss of a batch; leaves its gradients in place. The same step draws the same views again."""
+        with autocast(x.device, amp):
+            loss, _ = objective(model, *batch, data.generator(x.device, seed, epoch, step, *own))
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        distributed.average_gradients(model)
+        return loss
 
     def save():
         if not all(v.isfinite().all() for v in model.state_dict().values()):   # a gradient overflowed
@@ -144,8 +196,13 @@ def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weig
         run.save({**state, 'model': model.state_dict(), 'optimizer': opt.state_dict()})
 
     with signals() as stop:
-        while state['epoch'] <= epochs and not (patience and state['bad'] >= patience):
-            epoch, model = state['epoch'], model.train()
+        while True:
+            epoch = state['epoch']
+            if plan:
+                epochs = plan(epoch, time.monotonic() - began)
+            if epoch > epochs or (patience and state['bad'] >= patience):
+                break
+            model.train()
             started, first = time.monotonic(), state['step']
             for step, ids in data.batches(len(x), batch_size, seed, epoch, first, x.device):
                 ids = distributed.share(ids)
@@ -153,12 +210,13 @@ def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weig
                 state['step'] = step + 1
                 for group in opt.param_groups:
                     group['lr'] = rate()
-                with autocast(x.device, amp):
-                    loss, _ = objective(model, *batch, data.generator(x.device, seed, epoch, step, *own))
-                opt.zero_grad(set_to_none=True)
-                loss.backward()
-                distributed.average_gradients(model)
+                loss = backward(batch, epoch, step)
+                if sam:
+                    with climbed(model, sam):
+                        backward(batch, epoch, step)
                 opt.step()
+                if after_step:
+                    after_step()
                 state['total'] += loss.detach()
                 if x.device.type == 'cpu' or step % 50 == 0 or step + 1 == steps:   # elsewhere each costs a sync
                     if not state['total'].isfinite():
