@@ -18,6 +18,7 @@ import labels
 import nets
 import report
 import runs
+import search as searching
 import train
 
 
@@ -37,8 +38,8 @@ def main(args, typed, defaults):
             if args.name is None:
                 args.name = runs.default_name(args.method, {
                     k: Path(v).stem if k in ('data', 'encoder') else v for k, v in typed.items()
-                    if k not in runs.FREE | {'method'} and v != defaults[k]})
-            run_method(args, typed)
+                    if k not in runs.FREE | {'method', 'over'} and v != defaults.get(k)})
+            search(args, typed) if 'search' in typed else run_method(args, typed)
     except train.Stopped as e:
         print(f'{e}; saved. Type the same command with --resume to continue.')
         return 130
@@ -52,7 +53,7 @@ def main(args, typed, defaults):
     return 0
 
 
-def run_method(args, typed):
+def run_method(args, typed, trial=None):
     """One run from the first byte to metrics.json: data, model, training, measures, pictures."""
     device = distributed.start(pick_device(args.device))
     first = distributed.rank() == 0
@@ -67,29 +68,44 @@ def run_method(args, typed):
     run = runs.Run(folder, config, typed, args.resume, args.overwrite) if first else runs.Silent(folder)
     resolved, finished = distributed.from_first((run.config['args'], run.finished) if first else None)
     args = argparse.Namespace(**resolved)
-    if finished:
+    if finished and not trial:
         print(f'{run.folder} is already finished; --evaluate {run.folder} measures it again')
-    else:
+    elif not finished:
         try:
-            {'classify': classify, 'query': query}.get(args.method, represent)(run, args, ds, device)
+            recipe = {'classify': classify, 'query': query}.get(args.method, represent)
+            recipe(run, args, ds, device, **({'trial': trial} if trial else {}))
         except ValueError:
             run.withdraw()
             raise
     distributed.stop()
 
 
-def represent(run, args, ds, device):
+def represent(run, args, ds, device, trial=None):
     """Learn a representation from pictures alone, then measure it."""
     train_ids, val_ids = data.split(len(ds.x_train), args.val, args.seed)
     model, seconds = model_of(args, ds.shape, device), 0.0
     if 'epochs' in args:
-        x, x_val = ds.x_train[train_ids].to(device), ds.x_train[val_ids].to(device)
-        seconds = train_model(run, args, model, objective_of(args), x, x_val)
-    if distributed.rank() == 0:
+        objective, x_val = objective_of(args), ds.x_train[val_ids].to(device)
+        check = partial(train.validate, model, objective, x_val, args.batch_size, args.seed, args.amp)
+        if trial:
+            encode = representation(args, model, None, device)[0]
+            check = trial.scored(check, partial(neighbours, ds, train_ids, val_ids, encode, model, device))
+        seconds = train_model(run, args, model, objective, ds.x_train[train_ids].to(device), check=check,
+                              plan=trial and partial(trial.plan, args.epochs))
+    if trial:
+        trial.complete(run, seconds)
+    elif distributed.rank() == 0:
         finish(run, args, ds, model, device, seconds)
 
 
-def classify(run, args, ds, device):
+def neighbours(ds, train_ids, val_ids, encode, model, device):
+    """Accuracy of kNN on the validation pictures: what --search goes by where losses can't be compared."""
+    model.eval()
+    h, h_val = (evaluate.in_chunks(encode, ds.x_train[ids].to(device)) for ids in (train_ids, val_ids))
+    return (evaluate.knn(h, ds.y_train[train_ids].to(device), h_val).cpu() == ds.y_train[val_ids]).float().mean().item()
+
+
+def classify(run, args, ds, device, trial=None):
     """Pay for labels, learn a classifier from those pictures alone, and score it on the test set."""
     if ds.y_train is None:
         raise ValueError('--method classify needs labels, and the data has no y_train')
@@ -107,14 +123,24 @@ def classify(run, args, ds, device):
             paid.reveal(pick(args, ds, model, n, device))
         chosen = paid.revealed()
     ids, y = distributed.from_first(chosen if distributed.rank() == 0 else None)
-    repeat = -(-6000 // n)                                             # an epoch is 6,000 pictures or more
-    seconds = train_model(run, args, model, objective_of(args), ds.x_train[ids].repeat(repeat, 1, 1, 1).to(device),
-                          y=y.repeat(repeat).to(device))
-    if distributed.rank() == 0:
+    x, y = ds.x_train[ids].to(device), y.to(device)
+    more = {}
+    if trial:                                                          # a fifth of what was paid for judges
+        x_val, y_val, x, y = x[:n // 5], y[:n // 5], x[n // 5:], y[n // 5:]
+        predict = representation(args, model, None, device, model.forward)[0]
+        def accuracy():
+            model.eval()
+            return (evaluate.in_chunks(predict, x_val).argmax(1) == y_val).float().mean().item()
+        more = {'check': trial.scored(None, accuracy), 'plan': partial(trial.plan, args.epochs)}
+    repeat = -(-6000 // len(x))                                        # an epoch is 6,000 pictures or more
+    seconds = train_model(run, args, model, objective_of(args), x.repeat(repeat, 1, 1, 1), y=y.repeat(repeat), **more)
+    if trial:
+        trial.complete(run, seconds)
+    elif distributed.rank() == 0:
         score(run, args, ds, model, device, seconds)
 
 
-def query(run, args, ds, device):
+def query(run, args, ds, device, trial=None):
     """From no label at all: ask for a few, learn from them and from all other pictures, ask for those that then
     say most, until the budget is spent or the accuracy reached; then close, and score on the test set."""
     if ds.y_train is None:
@@ -122,12 +148,17 @@ def query(run, args, ds, device):
     if not len(ds.classes) <= args.budget <= len(ds.x_train):
         raise ValueError(f'--budget {args.budget:,} is out of range; wanted from {len(ds.classes)}, the number of '
                          f'classes, to {len(ds.x_train):,}, the number of pictures')
+    if args.rounds > args.budget:
+        raise ValueError(f'--rounds {args.rounds} is more than the --budget of {args.budget} labels')
     model = nets.MeanTeacher(classifier_of(args, ds, device))
     asking = Asking(run, args, ds, model, device)
     objective = partial(objective_of(args), labelled=lambda: asking.labelled)
-    seconds = train_model(run, args, model, objective, asking.x, plan=asking.plan,
+    check = trial.scored(None, asking.estimate) if trial else None
+    seconds = train_model(run, args, model, objective, asking.x, check=check, plan=asking.plan,
                           after_step=partial(model.follow, args.ema))
-    if distributed.rank() == 0:
+    if trial:
+        trial.complete(run, seconds)
+    elif distributed.rank() == 0:
         score(run, args, ds, model, device, seconds)
 
 
@@ -154,17 +185,20 @@ class Asking:
                 self.ask(now, epoch, seconds)
                 rounds = self.paid.rounds()
             ended = [r for r, (asked, _) in rounds.items() if not asked]
-            last = ended[0] if ended else max(rounds) + math.ceil(
-                (self.args.budget - self.paid.spent) / self.args.round_size) + 1
+            last = ended[0] if ended else self.args.rounds
             answer = *self.paid.revealed(up_to=now), last * self.args.round_epochs + self.args.closing
         ids, y, epochs = distributed.from_first(answer)
         self.labelled = self.x[ids.to(self.device)], y.to(self.device)
         return epochs
 
+    def estimate(self):
+        """The newest estimate of the accuracy; 0 before there is one."""
+        return max((r, estimate or 0.0) for r, (_, estimate) in self.paid.rounds().items())[1]
+
     def ask(self, now, epoch, seconds):
         """One round: predict all pictures, estimate the accuracy, choose whom to ask about, pay, say so."""
         args, beliefs, estimate = self.args, None, None
-        n = min(args.round_size, args.budget - self.paid.spent)
+        n = args.budget * (now + 1) // args.rounds - self.paid.spent if now < args.rounds else 0
         known, y = (t.to(self.device) for t in self.paid.revealed())
         h = evaluate.in_chunks(self.encode, self.x)
         probs, h = self.model.teacher.head(h).softmax(1).detach(), F.normalize(h, dim=1)
@@ -176,13 +210,14 @@ class Asking:
         if args.pick == 'random':
             ids = labels.pick_random(len(self.x), len(self.x), args.seed)[self.paid.spent:][:n]
         elif not now:
-            ids = labels.pick_coverage(n, h, args.seed)
+            look = h if args.encoder else F.normalize(data.to_float(self.x).flatten(1), dim=1)   # untrained says less
+            ids = labels.pick_coverage(n, look, args.seed)
         if now:
             sure, guess = probs[ids].max(1)
             beliefs = list(zip(guess.tolist(), sure.tolist(), agreed[ids].int().tolist()))
         got = self.paid.reveal(ids, now, beliefs, estimate)
         each = torch.bincount(self.paid.revealed()[1], minlength=len(self.ds.classes)).tolist()
-        left = math.ceil((args.budget - self.paid.spent) / args.round_size + 1) * args.round_epochs + args.closing
+        left = (args.rounds - now if n else 0) * args.round_epochs + args.closing
         print(f'round {now}: {len(got)} asked, {self.paid.spent} of {args.budget} spent, by class {each}'
               + (f', {100 * sum(g != b[0] for g, b in zip(got.tolist(), beliefs)) / len(got):.0f} % of them had been '
                  'wrong' if beliefs else '')
@@ -204,7 +239,66 @@ def score(run, args, ds, model, device, seconds):
     complete(run, args, metrics, seconds, began)
 
 
-def train_model(run, args, model, objective, x, x_val=None, **more):
+class Trial:
+    """One setting of a --search: scored on validation after every epoch, stopped when hopeless, never tested."""
+
+    def __init__(self, folder, others, by_loss):
+        self.folder, self.others, self.by_loss = folder, others, by_loss
+
+    @property
+    def curve(self):
+        """Score after each epoch so far, more is better."""
+        return [row['score'] for row in runs.read_log(self.folder)]
+
+    def scored(self, check, accuracy):
+        """A check for train.fit that adds the score: minus the validation loss, or an accuracy."""
+        def both():
+            row = check() if check else {}
+            return {**row, 'score': -row['val_loss'] if self.by_loss else accuracy()}
+        return both
+
+    def plan(self, epochs, epoch, seconds):
+        """Number of epochs: as many as planned, or no more if it is hopeless."""
+        curve = self.curve[:epoch - 1]
+        return distributed.from_first(epoch - 1 if curve and searching.hopeless(curve, self.others) else epochs)
+
+    def complete(self, run, seconds):
+        """Write metrics.json without a look at the test set."""
+        if distributed.rank() == 0:
+            run.write_metrics({'method': run.config['args']['method'], 'split': 'validation',
+                               'score': self.curve[-1], 'epochs': len(self.curve), 'seconds': round(seconds, 1)})
+
+
+def search(args, typed):
+    """Try --search settings from the ranges --over, each as a run of its own, and print them, the best first."""
+    shapes_loss = {'tau', 'crop', 'rotate', 'jitter', 'blur', 'cutout', 'noise', 'beta'}
+    by_loss = args.method in ('ae', 'conv', 'vae') and not shapes_loss & {key for key, *_ in args.over}
+    by_knn = not by_loss and args.method not in ('classify', 'query')
+    if by_knn and data.load(args.data, args.limit).y_train is None:
+        raise ValueError('the losses of these settings can not be compared with each other, and the data has no labels '
+                         'to judge by')
+    print(f'{args.search} settings, scored by '
+          + ('the validation loss' if by_loss else 'kNN on the validation pictures, for which all labels are looked at'
+             if by_knn else {'classify': 'the accuracy on a fifth of the labels paid for',
+                             'query': 'the accuracy estimated from the answers'}[args.method]))
+    base, plain = ({k: v for k, v in of.items() if k not in ('search', 'over')} for of in (vars(args), typed))
+    trials = []
+    for i, setting in enumerate(searching.settings(args.over, args.search, args.seed)):
+        name = f'{args.name}-{i:02}'
+        own = argparse.Namespace(**{**base, **setting, 'name': name})
+        run_method(own, {**plain, **setting}, Trial(Path('runs') / name, [t['curve'] for t in trials], by_loss))
+        curve = Trial(Path('runs') / name, (), by_loss).curve
+        trials.append({'setting': setting, 'curve': curve, 'stopped': len(curve) < getattr(own, 'epochs', 0)})
+        print(f'{name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in setting.items())
+              + f': score {curve[-1]:.4f}' + (f', stopped after epoch {len(curve)}' if trials[-1]['stopped'] else ''))
+    ranked = sorted(trials, key=lambda t: (t['stopped'], -t['curve'][-1]))
+    print(searching.table(ranked))
+    words = [runs.flag(k, v) for k, v in {**plain, **ranked[0]['setting']}.items()
+             if k not in ('resume', 'overwrite', 'method', 'name')]
+    print('best: python ssl.py --method', args.method, *words)
+
+
+def train_model(run, args, model, objective, x, **more):
     """train.fit with the flags filled in, and more; says first what is trained on what."""
     if distributed.rank() == 0:
         where = f'{distributed.world()} x {x.device}' if distributed.world() > 1 else x.device
@@ -212,7 +306,7 @@ def train_model(run, args, model, objective, x, x_val=None, **more):
               f'{" in bfloat16" if args.amp else ""}; {len(x):,} pictures {tuple(x.shape[1:])}', flush=True)
     closing = args.closing if 'closing' in args else 0 if args.schedule == 'constant' else math.inf
     return train.fit(
-        distributed.sync_batchnorm(model), objective, x, x_val, run, epochs=getattr(args, 'epochs', 0),
+        distributed.sync_batchnorm(model), objective, x, run, epochs=getattr(args, 'epochs', 0),
         batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay, warmup=args.warmup, closing=closing,
         sam=getattr(args, 'sam', 0.0), patience=getattr(args, 'patience', 0),
         min_delta=getattr(args, 'min_delta', 0.0), seed=args.seed, amp=args.amp, save_every=args.save_every, **more)

@@ -48,9 +48,9 @@ else:
         'sam': dict(classify=0.0, query=0.0),
         'budget': dict(query=1000),
         'until': dict(query=None),
-        'round_size': dict(query=100),
-        'round_epochs': dict(query=2),
-        'closing': dict(query=8),
+        'rounds': dict(query=10),
+        'round_epochs': dict(query=3),
+        'closing': dict(query=10),
         'threshold': dict(query=0.95),
         'ema': dict(query=0.997),
     }
@@ -105,6 +105,13 @@ else:
             return text
         return parse
 
+    def span(text):
+        """Type of --over: 'lr=1e-4:1e-2' -> ('lr', '1e-4', '1e-2')."""
+        key, _, ends = text.partition('=')
+        if not key or ends.count(':') != 1:
+            raise argparse.ArgumentTypeError(f'{text!r} is not understood; wanted for instance lr=1e-4:1e-2')
+        return key.replace('-', '_'), *ends.split(':')
+
     def make_parser():
         p = Parser(prog='ssl.py', description=__doc__, epilog=EPILOG, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
@@ -129,6 +136,10 @@ else:
         flag(g, '--compare', 'print one table of these runs; all in runs/ when none is named', nargs='*', metavar='RUN')
         flag(g, '--show-views', 'write originals and two augmented views of each as a PNG, and stop',
              nargs='?', const='views.png', metavar='PNG')
+        flag(g, '--search', 'try N settings of the method, scored on validation, and print the best command',
+             type=number(int, 1, 10**4), metavar='N')
+        flag(g, '--over', 'what --search varies: any numeric flags and their ranges', nargs='+', type=span,
+             metavar='FLAG=LOW:HIGH')
         flag(g, '--fetch', 'find or download Fashion-MNIST, say where it is, and stop', action='store_true')
 
         g = p.add_argument_group('data and run folder')
@@ -191,7 +202,7 @@ else:
         flag(g, '--budget', 'how many labels to pay for at most', type=count, metavar='N')
         flag(g, '--until', 'stop asking when the accuracy, estimated from the answers, reaches this share',
              type=number(float, 0, 1, above=True), metavar='X')
-        flag(g, '--round-size', 'labels a round asks for', type=count, metavar='N')
+        flag(g, '--rounds', 'in how many parts the budget is spent', type=count, metavar='N')
         flag(g, '--round-epochs', 'epochs between two rounds', type=count, metavar='N')
         flag(g, '--closing', 'epochs after the last round, in which the learning rate falls', type=number(
              int, 0, 10**6), metavar='N')
@@ -237,6 +248,22 @@ else:
             parser.error(f'--pick {typed["pick"]} does nothing for --method {method}; see --help')
         if 'name' in typed and (Path(typed['name']).name != typed['name'] or typed['name'] in ('', '..')):
             parser.error(f'--name {typed["name"]!r} is not a plain folder name')
+        if ('search' in typed) != ('over' in typed):
+            parser.error('--search N and --over FLAG=LOW:HIGH go together')
+        if 'search' in typed and method not in PER_METHOD['lr']:
+            parser.error(f'--search tries settings of training, and --method {method} has none')
+        types = {a.dest: a.type for a in parser._actions}
+        for i, (key, *ends) in enumerate(typed.get('over', ())):
+            if method not in PER_METHOD.get(key, ()) or 'number' not in getattr(types[key], '__qualname__', ''):
+                parser.error(f'--over {key.replace("_", "-")} is no numeric flag of --method {method}')
+            try:
+                low, high = map(types[key], ends)
+            except argparse.ArgumentTypeError as e:
+                parser.error(f'--over {key.replace("_", "-")}: {e}')
+            if key in typed or not low < high:
+                parser.error(f'--over {key.replace("_", "-")} ' + (
+                    'is also given as a flag' if key in typed else 'wants the lower end first'))
+            typed['over'][i] = key, low, high
         if 'resume' in typed and 'overwrite' in typed:
             parser.error('--resume and --overwrite exclude each other')
         own = {key: per[method] for key, per in PER_METHOD.items() if method in per}

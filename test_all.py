@@ -18,6 +18,7 @@ import json
 import math
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import statistics
@@ -52,6 +53,7 @@ import nets
 import recipes
 import report
 import runs
+import search
 import train
 
 HERE = Path(__file__).resolve().parent
@@ -158,7 +160,7 @@ def tiny(method, *more):
     if method == 'classify':                                              # an epoch is 6,000 pictures
         flags += ['--epochs', 2, '--batch-size', 2000, '--labels', 15]
     if method == 'query':                                                 # two rounds of an epoch each
-        flags += ['--batch-size', 40, '--budget', 15, '--round-size', 8, '--round-epochs', 1, '--closing', 0]
+        flags += ['--batch-size', 40, '--budget', 15, '--rounds', 2, '--round-epochs', 1, '--closing', 0]
     return flags + list(more)
 
 
@@ -329,7 +331,8 @@ def test_a_wrong_value_of_any_number_flag_is_one_line_and_starts_nothing():
     assert len(numbers) > 20
     wrong = ['-1', '-1e9', 'nan', 'inf', '1e999', '9' * 400, '', 'abc', '1,5', '0x10', '--lr']
     zero = {'seed', 'epochs', 'weight_decay', 'warmup', 'patience', 'min_delta', 'noise', 'beta', 'rotate',
-            'jitter', 'blur', 'cutout', 'mixup', 'sam', 'closing', 'threshold', 'ema'}                                 # where 0 is a value like others
+            'jitter', 'blur', 'cutout', 'mixup', 'sam', 'closing', 'threshold',
+            'ema'}                                 # where 0 is a value like others
     with folder() as cwd:
         for dest, action in numbers.items():
             for text in wrong + ['0'] * (dest not in zero) + ['1.5'] * (dest == 'epochs'):
@@ -378,7 +381,8 @@ def test_a_flag_that_does_not_belong_to_the_method_is_refused():
     with folder() as cwd:
         for dest, action in flags().items():
             if dest in cli.PER_METHOD:
-                value = [] if action.nargs == 0 else [next('1' if v is None else str(v) for v in cli.PER_METHOD[dest].values())]
+                default = next(iter(cli.PER_METHOD[dest].values()))
+                value = [] if action.nargs == 0 else ['1' if default is None else str(default)]
                 for method in set(cli.METHODS) - set(takers(dest)):
                     refused('--method', method, action.option_strings[0], *value, cwd=cwd, said=['it is for'])
         assert not list(cwd.iterdir())
@@ -397,14 +401,13 @@ def test_every_training_flag_changes_what_is_trained():
     other = {'net': 'conv', 'width': 0.3, 'latent': 3, 'epochs': 2, 'lr': 0.01, 'weight_decay': 0.5, 'warmup': 3,
              'batch_size': {**dict.fromkeys(UNLABELLED, 8), 'classify': 2500, 'query': 8},
              'schedule': {**dict.fromkeys(TRAINED, 'constant'), 'ae': 'cosine'},
-             'sam': 0.5, 'budget': 12, 'round_size': 6, 'round_epochs': 2, 'closing': 1, 'ema': 0.5,
-             'threshold': 0.1,
+             'sam': 0.5, 'budget': 12, 'rounds': 1, 'round_epochs': 2, 'closing': 1, 'ema': 0.5, 'threshold': 0.1,
              'noise': 0.3, 'beta': 3, 'likelihood': 'gaussian', 'tau': 1, 'crop': 0.9, 'rotate': 90, 'jitter': 0,
              'blur': 1, 'cutout': 0.5, 'flip': '--no-flip', 'amp': '--amp', 'freeze': '--freeze', 'labels': 12,
-             'pick': 'coverage', 'head': 'mlp', 'mixup': 0, 'seed': 1, 'limit': 30,
+             'pick': {'classify': 'coverage', 'query': 'random'}, 'head': 'mlp', 'mixup': 0, 'seed': 1, 'limit': 30,
              'val': dict.fromkeys(UNLABELLED, 1)}
     elsewhere = {'patience', 'min_delta', 'save_every', 'method', 'evaluate', 'compare', 'show_views', 'fetch',
-                 'data', 'name', 'resume', 'overwrite', 'device', 'encoder', 'until'}
+                 'search', 'over', 'data', 'name', 'resume', 'overwrite', 'device', 'encoder', 'until'}
     assert set(other) | elsewhere == set(flags()), 'a flag without a test'
     with folder() as cwd, only_training():
         x, y = pictures(45, 8, 8)
@@ -435,6 +438,63 @@ def test_training_stops_early_by_patience_and_min_delta():
             code, _, err = run(*tiny('ae'), '--epochs', 6, '--overwrite', '--patience', patience,
                                '--min-delta', min_delta, cwd=cwd)
             assert code == 0 and len(logged(cwd / 'runs' / 'ae')) == epochs, (patience, min_delta, err)
+
+
+# search.py --------------------------------------------------------------------------------------------------
+
+def test_settings_cover_their_ranges_evenly_in_logarithms_where_they_span_more():
+    found = search.settings([('lr', 1e-4, 1e-2), ('crop', 0.2, 1.0), ('epochs', 3, 6), ('tau', 0.1, 0.7)], 64, 0)
+    for key, low, high, to in ('lr', 1e-4, 1e-2, math.log), ('crop', 0.2, 1, float), ('tau', .1, .7, float):
+        v = sorted((to(s[key]) - to(low)) / (to(high) - to(low)) for s in found)
+        assert all(i / 64 - 1e-3 <= u <= (i + 1) / 64 + 1e-3 for i, u in enumerate(v)), key      # one in each part
+    assert {s['epochs'] for s in found} == {3, 4, 5, 6} and all(float(f'{s["lr"]:.4g}') == s['lr'] for s in found)
+    assert search.settings([('lr', 1e-4, 1e-2)], 5, 0) == search.settings([('lr', 1e-4, 1e-2)], 8, 0)[:5]
+    assert search.settings([('lr', 1e-4, 1e-2)], 5, 0) != search.settings([('lr', 1e-4, 1e-2)], 5, 1)
+
+
+def test_a_trial_is_hopeless_once_it_never_was_as_good_as_the_median_of_the_averages():
+    others = [[1, 2, 3], [2, 4, 6], [3, 6, 9], [9]]
+    assert not search.hopeless([0, 0], others[:2]) and not search.hopeless([0, 0, 0, 0], others)
+    assert search.hopeless([2.9, 0], others) and not search.hopeless([0, 3], others)     # averages 1.5, 3, 4.5
+
+
+def test_a_search_scores_on_validation_and_its_best_command_gives_the_best_run_again():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        flags = tiny('ae', '--search', 3, '--over', 'lr=1e-5:1e-2', 'batch-size=20:60')
+        flags = [w for i, w in enumerate(flags) if '--batch-size' not in (w, flags[i - 1])]
+        with mock.patch.object(evaluate, 'measure', side_effect=AssertionError('the test set was read')):
+            code, out, err = run(*flags, cwd=cwd)
+        assert code == 0 and not err
+        last = {i: logged(cwd / 'runs' / f'ae-{i:02}')[-1]['val_loss'] for i in range(3)}
+        best = min(last, key=last.get)
+        assert measured(cwd / 'runs' / f'ae-{best:02}')['score'] == -last[best]
+        command = shlex.split(out.splitlines()[-1])
+        assert command[:3] == ['best:', 'python', 'ssl.py'] and f'| {-last[best]:.4f} |' in out.split('|---|')[1]
+        assert run(*command[3:], '--name', 'again', cwd=cwd)[0] == 0
+        assert logged(cwd / 'runs' / 'again')[-1]['val_loss'] == last[best]
+        before = out
+        code, out, err = run(*flags, '--resume', cwd=cwd)
+        assert code == 0 and out == before
+        assert run('--compare', cwd=cwd)[0] == 0
+        for method in 'simclr', 'classify', 'query':
+            code, out, err = run(*tiny(method, '--search', 2, '--over', 'lr=1e-5:1e-2'), cwd=cwd)
+            assert code == 0 and not err and len(list((cwd / 'runs').glob(f'{method}-0?/metrics.json'))) == 2
+        for over, said in ('lr=3:1', 'lower'), ('lr=0:1', 'lr'), ('lr', 'lr'), ('net=1:2', 'net'), ('x=1:2', 'x'):
+            refused(*tiny('ae', '--search', 2, '--over', over), cwd=cwd, said=[said, '--over'])
+        refused(*tiny('ae', '--search', 2), cwd=cwd, said=['--over'])
+        refused(*tiny('pca', '--search', 2, '--over', 'latent=2:4'), cwd=cwd, said=['--search'])
+        write_npz(cwd / 'tiny.npz', x_train=pictures(60)[0])
+        refused(*tiny('simclr', '--search', 2, '--over', 'lr=1e-5:1e-2', '--overwrite'), cwd=cwd, said=['no labels'])
+
+
+def test_a_hopeless_trial_is_stopped_early():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        with mock.patch.object(search, 'hopeless', lambda curve, others: len(others) == 2 and len(curve) == 1):
+            code, out, _ = run(*tiny('ae', '--search', 3, '--over', 'lr=1e-5:1e-2'), cwd=cwd)
+        assert code == 0 and [len(logged(cwd / 'runs' / f'ae-{i:02}')) for i in range(3)] == [2, 2, 1]
+        assert 'stopped after epoch 1' in out and out.split('|---|')[1].splitlines()[3].endswith('| 1, stopped |')
 
 
 # fetch.py ----------------------------------------------------------------------------------------------------
@@ -1350,7 +1410,8 @@ def test_linear_probe_is_the_optimum_that_scipy_finds():
     x, noise = randn(90, 4) * torch.tensor([1, 10, 0.1, 3]) + 5, randn(90, seed=3)
     y = ((x[:, 0] > 5).long() + (x[:, 2] + 0.05 * noise > 5).long())
     for l2 in 1e-3, 1e-1:
-        predict, wanted = evaluate.logistic_regression(x, y, 3, l2), logistic_by_scipy(x.double().numpy(), y.numpy(), 3, l2)
+        predict = evaluate.logistic_regression(x, y, 3, l2)
+        wanted = logistic_by_scipy(x.double().numpy(), y.numpy(), 3, l2)
         assert close(predict(x).log_softmax(1), wanted(x.double().numpy()), 5e-3)
     a, b, test = slice(0, 50), slice(50, 90), randn(40, 4, seed=7) * torch.tensor([1, 10, 0.1, 3]) + 5
     X, Y, l2s = x.double().numpy(), y.numpy(), (1e-3, 1e-1, 10.0)
@@ -1620,7 +1681,7 @@ def test_queries_stop_when_the_estimated_accuracy_is_reached_and_without_a_test_
     with folder() as cwd:
         x, y = pictures(200)
         write_npz(cwd / 'tiny.npz', x_train=x, y_train=y)
-        flags = tiny('query', '--budget', 40, '--round-size', 5, '--closing', 1)
+        flags = tiny('query', '--budget', 40, '--rounds', 8, '--closing', 1)
         code, out, err = run(*flags, '--until', 0.2, '--name', 'until', cwd=cwd)
         assert code == 0 and not err
         m = measured(cwd / 'runs' / 'until')
@@ -1663,7 +1724,7 @@ def test_a_classifier_that_can_not_start_is_one_line_and_leaves_no_run():
                            (['--encoder', finished('simclr'), '--data', 'other.npz'], '(1, 8, 12)'),
                            (['--encoder', finished('simclr'), '--net', 'fc'], '--net')):
             refused(*flags, *more, cwd=cwd, said=[said])
-        for more, said in (['--budget', 121], '120'), (['--budget', 2], 'classes'), (
+        for more, said in (['--budget', 121], '120'), (['--budget', 2], 'classes'), (['--rounds', 16], '15'), (
                 ['--encoder', finished('simclr'), '--data', 'other.npz'], '(1, 8, 12)'):
             refused(*[w for w in tiny('query') if w not in ('--width', 0.1)], *more, cwd=cwd, said=[said])
         refused(*tiny('pca'), '--latent', 121, cwd=cwd, said=['121'])

@@ -149,12 +149,13 @@ def signals():
 
 # -------------------------------------------------------------------------------------- the loop
 
-def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weight_decay=0.0, warmup=0.0,
+def fit(model, objective, x, run, *, y=None, check=None, epochs, batch_size, lr, weight_decay=0.0, warmup=0.0,
         closing=math.inf, sam=0.0, plan=None, after_step=None, patience=0, min_delta=0.0, seed=0, amp=False,
         save_every=60.0):
     """Train model on x (N, C, H, W) uint8, and labels y (N,) if the objective takes them; returns the
-    seconds it took, over all its sessions. x_val None: no validation, no early stop. warmup and closing are
-    in epochs: the learning rate rises over the first and falls over the last (inf: as soon as it is up).
+    seconds it took, over all its sessions. warmup and closing are in epochs: the learning rate rises over the first
+    and falls over the last (inf: as soon as it is up). check() is called after each epoch; what it returns, a
+    dict with val_loss, is logged and decides about the early stop.
 
     plan(epoch, seconds so far), if given, is called before each epoch, and again where one is resumed in its
     middle; it returns how many epochs there will be, as far as is known. after_step() is called after each
@@ -229,7 +230,7 @@ def fit(model, objective, x, x_val, run, *, y=None, epochs, batch_size, lr, weig
                 if stop:
                     raise Stopped(f'stopped at epoch {epoch}, step {step + 1} of {steps}')
             row = {'epoch': epoch, 'loss': distributed.mean(state['total']).item() / steps, 'lr': rate(),
-                   **({} if x_val is None else validate(model, objective, x_val, batch_size, seed, amp)),
+                   **(check() if check else {}),
                    'images_per_s': round((steps - first) / steps * len(x) / (time.monotonic() - started), 1),
                    'seconds': round(time.monotonic() - began, 2)}
             state.update(epoch=epoch + 1, step=0, total=torch.zeros_like(state['total']), bad=state['bad'] + 1)
