@@ -28,7 +28,8 @@ class LabelDatabase:
             self.db.execute('CREATE TABLE IF NOT EXISTS dataset (digest TEXT NOT NULL)')
             self.db.execute('CREATE TABLE IF NOT EXISTS queries (number INTEGER PRIMARY KEY AUTOINCREMENT, '
                             'id INTEGER NOT NULL UNIQUE, label INTEGER NOT NULL, round INTEGER NOT NULL, '
-                            'time TEXT NOT NULL, guess INTEGER, confidence REAL, agreed INTEGER)')
+                            'time TEXT NOT NULL, guess INTEGER, confidence REAL, agreed INTEGER, '
+                            'audit INTEGER)')
             self.db.execute('CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, asked INTEGER NOT NULL, '
                             'estimate REAL)')
             row = self.db.execute('SELECT digest FROM dataset').fetchone()
@@ -56,15 +57,15 @@ class LabelDatabase:
         return {r: (asked, estimate) for r, asked, estimate in self.db.execute('SELECT * FROM rounds ORDER BY round')}
 
     def surprises(self, since):
-        """What was believed of the pictures asked for from round `since` on, before their labels came: (n, 3) float32
-        of confidence, whether the neighbours agreed, and whether the guess was right."""
-        rows = self.db.execute('SELECT confidence, agreed, guess = label FROM queries WHERE round >= ? AND '
+        """What was believed of the pictures asked for from round `since` on, before their labels came: (n, 4) float32
+        of confidence, whether the neighbours agreed, whether it was drawn at random, whether the guess was right."""
+        rows = self.db.execute('SELECT confidence, agreed, audit, guess = label FROM queries WHERE round >= ? AND '
                                'guess IS NOT NULL ORDER BY number', (since,)).fetchall()
-        return torch.tensor(rows, dtype=torch.float32).view(-1, 3)
+        return torch.tensor(rows, dtype=torch.float32).view(-1, 4)
 
     def reveal(self, ids, round=0, beliefs=None, estimate=None):
         """Labels (n,) of pictures `ids`; new ones are charged, those known are free. All or nothing: the
-        labels, what was believed of them before, (guess, confidence, agreed) each, and the round."""
+        labels, what was believed of them before, (guess, confidence, agreed, audit) each, and the round."""
         ids = [int(i) for i in ids]
         known = dict(zip(*(t.tolist() for t in self.revealed())))
         new = list(dict.fromkeys(i for i in ids if i not in known))
@@ -73,11 +74,11 @@ class LabelDatabase:
                              f'{self.budget} are spent')
         now = datetime.now(timezone.utc).isoformat(timespec='seconds')
         answers = [int(v) for v in self.oracle(new)] if new else []
-        believed = dict(zip(ids, beliefs or [(None, None, None)] * len(ids)))
+        believed = dict(zip(ids, beliefs or [(None,) * 4] * len(ids)))
         self.db.execute('BEGIN IMMEDIATE')
         try:
-            self.db.executemany('INSERT INTO queries (id, label, round, time, guess, confidence, agreed) '
-                                'VALUES (?, ?, ?, ?, ?, ?, ?)',
+            self.db.executemany('INSERT INTO queries (id, label, round, time, guess, confidence, agreed, '
+                                'audit) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
                                 [(i, label, round, now, *believed[i]) for i, label in zip(new, answers)])
             self.db.execute('INSERT OR IGNORE INTO rounds VALUES (?, ?, ?)', (round, len(new), estimate))
             self.db.execute('COMMIT')
@@ -115,19 +116,20 @@ def pick_coverage(n, h, seed):
     return ids
 
 
-def pick_informative(n, probs, h, known, y, seed):
+def pick_informative(n, probs, h, taken, known, y, seed):
     """(ids (n,), agreed (N,) bool): the pictures to ask about next, spread over the features.
 
     Half are those where the prediction and a vote of the 10 nearest labelled pictures disagree, most confident
     first: the errors that self-training would never find by itself. The rest have the smallest margin between
     the two best classes. Either kind is thinned from 15 times as many to its k-means medoids, so that no two
-    ask the same. probs (N, K) predictions; h (N, D) features; known (m,) ids that have the labels y (m,).
+    ask the same. probs (N, K) predictions; h (N, D) features; taken: ids that are not to be asked about; known (m,):
+    those that have the labels y (m,).
     """
     vote = evaluate.knn(h[known], y, h, k=10, tau=0.1, classes=probs.shape[1])
     agreed = vote == probs.argmax(1)
     best = probs.topk(2, dim=1).values
     open_ = torch.ones(len(h), dtype=torch.bool, device=h.device)
-    open_[known] = False
+    open_[taken] = False
     def spread(m, order, seed):
         ids = order[open_[order]][:15 * m]
         if len(ids) > m:
@@ -146,15 +148,21 @@ def pick_informative(n, probs, h, known, y, seed):
 def estimate_accuracy(probs, agreed, surprises):
     """Accuracy of the predictions over all pictures, without a label but those that were asked for anyway.
 
-    How often guesses turned out right, as a logistic function of the confidence's log odds and of whether the
-    neighbours agreed: the queries were chosen by just these two, so given them their answers are a fair sample.
-    probs (N, K), agreed (N,), surprises (n, 3) as from LabelDatabase. None before anything was guessed.
+    A difference estimator (Saerndal et al. 1992, section 6.3): how often a guess is right is modelled as a logistic
+    function of the log odds of its confidence and of whether the neighbours agreed, fitted on all answers; the
+    mean of the model over all pictures is then corrected by its mean error on the audits, the pictures drawn at
+    random, so that it has no bias however wrong the model is. probs (N, K), agreed (N,), surprises (n, 4) as from
+    LabelDatabase, the newest rounds'. None without audits.
     """
-    if not len(surprises):
+    audit, right = surprises[:, 2] > 0, surprises[:, 3].long()
+    if not audit.any():
         return None
     def features(confidence, agreed):
         p = confidence.double().clamp(1e-4, 1 - 1e-4)
-        return torch.stack([(p / (1 - p)).log(), agreed.double()], 1)
-    right = surprises[:, 2].long()
-    logits = evaluate.logistic_regression(features(surprises[:, 0], surprises[:, 1]), right, 2, l2=1e-2)
-    return logits(features(probs.max(1).values.cpu(), agreed.cpu())).softmax(1)[:, 1].mean().item()
+        odds, agreed = (p / (1 - p)).log(), agreed.double()
+        return torch.stack([odds, agreed, odds * agreed], 1)
+    asked = features(surprises[:, 0], surprises[:, 1])
+    model = evaluate.logistic_regression(asked, right, 2, l2=1e-2)
+    error = (right - model(asked).softmax(1)[:, 1])[audit].mean()
+    mean = model(features(probs.max(1).values.cpu(), agreed.cpu())).softmax(1)[:, 1].mean()
+    return (mean + error).clamp(0, 1).item()

@@ -148,6 +148,8 @@ def query(run, args, ds, device, trial=None):
     if not len(ds.classes) <= args.budget <= len(ds.x_train):
         raise ValueError(f'--budget {args.budget:,} is out of range; wanted from {len(ds.classes)}, the number of '
                          f'classes, to {len(ds.x_train):,}, the number of pictures')
+    if args.until is not None and not args.audit and args.pick != 'random':
+        raise ValueError('--until goes by an estimate, which needs some queries drawn at random: --audit above 0')
     if args.rounds > args.budget:
         raise ValueError(f'--rounds {args.rounds} is more than the --budget of {args.budget} labels')
     model = nets.MeanTeacher(classifier_of(args, ds, device))
@@ -200,24 +202,29 @@ class Asking:
         args, beliefs, estimate = self.args, None, None
         n = args.budget * (now + 1) // args.rounds - self.paid.spent if now < args.rounds else 0
         known, y = (t.to(self.device) for t in self.paid.revealed())
+        audits = math.ceil(args.audit * n) if now else 0
         h = evaluate.in_chunks(self.encode, self.x)
         probs, h = self.model.teacher.head(h).softmax(1).detach(), F.normalize(h, dim=1)
         if now:
-            ids, agreed = labels.pick_informative(n, probs, h, known, y, f'{args.seed} round {now}')
-            estimate = labels.estimate_accuracy(probs, agreed, self.paid.surprises(now - 3))
+            order = labels.pick_random(len(self.x), len(self.x), f'{args.seed} round {now}').to(self.device)
+            drawn = order[~torch.isin(order, known)][:n if args.pick == 'random' else audits]
+            ids, agreed = labels.pick_informative(n - len(drawn), probs, h, torch.cat([known, drawn]), known, y,
+                                                  f'{args.seed} round {now}')
+            ids = torch.cat([drawn, ids])
+            estimate = labels.estimate_accuracy(probs, agreed, self.paid.surprises(now - 5))
             if args.until is not None and estimate is not None and estimate >= args.until:
-                n, ids = 0, ids[:0]
-        if args.pick == 'random':
-            ids = labels.pick_random(len(self.x), len(self.x), args.seed)[self.paid.spent:][:n]
-        elif not now:
+                ids = ids[:0]
+            sure, guess = probs[ids].max(1)
+            beliefs = [(*belief, int(i < len(drawn))) for i, belief in enumerate(
+                zip(guess.tolist(), sure.tolist(), agreed[ids].int().tolist()))]
+        elif args.pick == 'random':
+            ids = labels.pick_random(n, len(self.x), args.seed)
+        else:
             look = h if args.encoder else F.normalize(data.to_float(self.x).flatten(1), dim=1)   # untrained says less
             ids = labels.pick_coverage(n, look, args.seed)
-        if now:
-            sure, guess = probs[ids].max(1)
-            beliefs = list(zip(guess.tolist(), sure.tolist(), agreed[ids].int().tolist()))
         got = self.paid.reveal(ids, now, beliefs, estimate)
         each = torch.bincount(self.paid.revealed()[1], minlength=len(self.ds.classes)).tolist()
-        left = (args.rounds - now if n else 0) * args.round_epochs + args.closing
+        left = (args.rounds - now if len(got) else 0) * args.round_epochs + args.closing
         print(f'round {now}: {len(got)} asked, {self.paid.spent} of {args.budget} spent, by class {each}'
               + (f', {100 * sum(g != b[0] for g, b in zip(got.tolist(), beliefs)) / len(got):.0f} % of them had been '
                  'wrong' if beliefs else '')

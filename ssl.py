@@ -48,6 +48,7 @@ else:
         'sam': dict(classify=0.0, query=0.0),
         'budget': dict(query=1000),
         'until': dict(query=None),
+        'audit': dict(query=0.1),
         'rounds': dict(query=10),
         'round_epochs': dict(query=3),
         'closing': dict(query=10),
@@ -202,6 +203,8 @@ else:
         flag(g, '--budget', 'how many labels to pay for at most', type=count, metavar='N')
         flag(g, '--until', 'stop asking when the accuracy, estimated from the answers, reaches this share',
              type=number(float, 0, 1, above=True), metavar='X')
+        flag(g, '--audit', 'share of the queries drawn at random, from which the accuracy is estimated', type=share,
+             metavar='X')
         flag(g, '--rounds', 'in how many parts the budget is spent', type=count, metavar='N')
         flag(g, '--round-epochs', 'epochs between two rounds', type=count, metavar='N')
         flag(g, '--closing', 'epochs after the last round, in which the learning rate falls', type=number(

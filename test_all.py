@@ -331,7 +331,7 @@ def test_a_wrong_value_of_any_number_flag_is_one_line_and_starts_nothing():
     assert len(numbers) > 20
     wrong = ['-1', '-1e9', 'nan', 'inf', '1e999', '9' * 400, '', 'abc', '1,5', '0x10', '--lr']
     zero = {'seed', 'epochs', 'weight_decay', 'warmup', 'patience', 'min_delta', 'noise', 'beta', 'rotate',
-            'jitter', 'blur', 'cutout', 'mixup', 'sam', 'closing', 'threshold',
+            'jitter', 'blur', 'cutout', 'mixup', 'sam', 'closing', 'threshold', 'audit',
             'ema'}                                 # where 0 is a value like others
     with folder() as cwd:
         for dest, action in numbers.items():
@@ -402,6 +402,7 @@ def test_every_training_flag_changes_what_is_trained():
              'batch_size': {**dict.fromkeys(UNLABELLED, 8), 'classify': 2500, 'query': 8},
              'schedule': {**dict.fromkeys(TRAINED, 'constant'), 'ae': 'cosine'},
              'sam': 0.5, 'budget': 12, 'rounds': 1, 'round_epochs': 2, 'closing': 1, 'ema': 0.5, 'threshold': 0.1,
+             'audit': 0.5,
              'noise': 0.3, 'beta': 3, 'likelihood': 'gaussian', 'tau': 1, 'crop': 0.9, 'rotate': 90, 'jitter': 0,
              'blur': 1, 'cutout': 0.5, 'flip': '--no-flip', 'amp': '--amp', 'freeze': '--freeze', 'labels': 12,
              'pick': {'classify': 'coverage', 'query': 'random'}, 'head': 'mlp', 'mixup': 0, 'seed': 1, 'limit': 30,
@@ -1564,7 +1565,7 @@ def test_informative_queries_are_disagreements_and_small_margins_never_known_and
     h = torch.nn.functional.normalize(randn(400, 6, seed=2), dim=1)
     probs = (3 * randn(400, 4, seed=3)).softmax(1)
     known, y = torch.arange(40), torch.arange(40) % 4
-    ids, agreed = labels.pick_informative(20, probs, h, known, y, 'a')
+    ids, agreed = labels.pick_informative(20, probs, h, known, known, y, 'a')
     assert len(set(ids.tolist())) == 20 and not set(ids.tolist()) & set(known.tolist())
     vote = []
     for row in h:                                                         # the vote, said plainly
@@ -1577,41 +1578,47 @@ def test_informative_queries_are_disagreements_and_small_margins_never_known_and
     margin = (top[:, 0] - top[:, 1]).tolist()
     open_ = sorted(set(range(400)) - set(known.tolist()) - set(ids[:10].tolist()), key=margin.__getitem__)
     assert set(ids[10:].tolist()) <= set(open_[:150])
-    again = labels.pick_informative(20, probs, h, known, y, 'a')[0]
-    assert again.tolist() == ids.tolist() != labels.pick_informative(20, probs, h, known, y, 'b')[0].tolist()
-    few = labels.pick_informative(355, probs, h, known, y, 'a')[0]        # fewer disagreements than wanted
+    again = labels.pick_informative(20, probs, h, known, known, y, 'a')[0]
+    assert again.tolist() == ids.tolist() != labels.pick_informative(20, probs, h, known, known, y, 'b')[0].tolist()
+    few = labels.pick_informative(355, probs, h, known, known, y, 'a')[0]        # fewer disagreements than wanted
     assert len(set(few.tolist())) == 355 and not set(few.tolist()) & set(known.tolist())
     twins = torch.cat([known, 40 + torch.arange(0, 360) // 60 % 6])       # one open picture in six guises
-    ids = labels.pick_informative(6, probs[twins], h[twins], known, y, 'a')[0]
+    ids = labels.pick_informative(6, probs[twins], h[twins], known, known, y, 'a')[0]
     assert len(set(ids.tolist())) == 6
 
 
-def test_the_estimated_accuracy_is_right_though_the_queries_are_the_hard_ones():
+def test_the_estimated_accuracy_is_right_though_most_queries_are_hard_ones_and_the_model_is_wrong():
     rng = np.random.default_rng(0)
-    n = 20000
+    n, estimates, naive = 20000, [], []
     conf = rng.beta(6, 1, n).clip(0.3, 0.999)
     agreed = rng.random(n) < conf
-    odds = 0.7 * np.log(conf / (1 - conf)) + 1.5 * agreed - 1               # overconfident, and worse where they differ
+    odds = 0.7 * np.log(conf / (1 - conf)) + 1.5 * agreed - 1 - 2 * (conf > 0.95)        # no logistic function at all
     right = rng.random(n) < 1 / (1 + np.exp(-odds))
-    asked = np.concatenate([np.flatnonzero(~agreed)[:150], conf.argsort()[:600:4]])
-    probs = torch.stack([torch.tensor(conf), torch.tensor(1 - conf)], 1).float()
-    surprises = torch.tensor(np.stack([conf[asked], agreed[asked], right[asked]], 1), dtype=torch.float32)
-    estimate = labels.estimate_accuracy(torch.cat([probs, 0 * probs], 1), torch.tensor(agreed), surprises)
-    assert abs(estimate - right.mean()) < 0.04 < right.mean() - right[asked].mean()
-    assert abs(conf.mean() - right.mean()) > 0.04                           # what the model itself would say
-    assert labels.estimate_accuracy(probs, torch.tensor(agreed), surprises[:0]) is None
+    probs = torch.stack([torch.tensor(conf), torch.tensor(1 - conf), torch.zeros(n)], 1).float()
+    hard = np.concatenate([np.flatnonzero(~agreed)[:150], conf.argsort()[:600:4]])
+    for _ in range(40):
+        audits = rng.choice(n, 60, replace=False)
+        asked = np.concatenate([audits, hard])
+        surprises = torch.tensor(np.stack([conf[asked], agreed[asked], np.arange(len(asked)) < 60, right[asked]], 1),
+                                 dtype=torch.float32)
+        estimates.append(labels.estimate_accuracy(probs, torch.tensor(agreed), surprises))
+        naive.append(right[audits].mean())
+    assert abs(np.mean(estimates) - right.mean()) < 0.02 and np.std(estimates) < np.std(naive)
+    assert right.mean() - right[hard].mean() > 0.1 and abs(conf.mean() - right.mean()) > 0.04
+    surprises[:, 2] = 0
+    assert labels.estimate_accuracy(probs, torch.tensor(agreed), surprises) is None
 
 
 def test_rounds_and_beliefs_are_kept_with_the_answers():
     with folder() as f:
         paid = labels.LabelDatabase(f / 'l.sqlite', lambda ids: [i % 3 for i in ids], 9, 'abc')
         paid.reveal([4, 5])
-        paid.reveal([7, 8], 1, [(1, 0.9, 1), (0, 0.6, 0)])
+        paid.reveal([7, 8], 1, [(1, 0.9, 1, 0), (0, 0.6, 0, 1)])
         paid.reveal([], 2, None, 0.75)
         again = labels.LabelDatabase(f / 'l.sqlite', None, 0, 'abc')
         assert again.rounds() == {0: (2, None), 1: (2, None), 2: (0, 0.75)} and again.spent == 4
-        assert close(again.surprises(0), torch.tensor([[0.9, 1, 1], [0.6, 0, 0]]))
-        assert again.surprises(2).shape == (0, 3) and again.revealed(up_to=0)[0].tolist() == [4, 5]
+        assert close(again.surprises(0), torch.tensor([[0.9, 1, 0, 1], [0.6, 0, 1, 0]]))
+        assert again.surprises(2).shape == (0, 4) and again.revealed(up_to=0)[0].tolist() == [4, 5]
 
 
 def test_the_teacher_is_the_moving_average_of_the_student():
@@ -1727,6 +1734,7 @@ def test_a_classifier_that_can_not_start_is_one_line_and_leaves_no_run():
         for more, said in (['--budget', 121], '120'), (['--budget', 2], 'classes'), (['--rounds', 16], '15'), (
                 ['--encoder', finished('simclr'), '--data', 'other.npz'], '(1, 8, 12)'):
             refused(*[w for w in tiny('query') if w not in ('--width', 0.1)], *more, cwd=cwd, said=[said])
+        refused(*tiny('query'), '--until', 0.9, '--audit', 0, cwd=cwd, said=['--audit'])
         refused(*tiny('pca'), '--latent', 121, cwd=cwd, said=['121'])
         assert not list((cwd / 'runs').glob('*'))
 
