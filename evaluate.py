@@ -358,5 +358,33 @@ def measure_classifier(ds, logits, device='cpu'):
             **by_class(pred, y, len(ds.classes))}
 
 
+@torch.no_grad()
+def measure_clusters(ds, probs, pred_train, device='cpu'):
+    """ACC, NMI, ARI, purity, F1 and confusion of the clusters probs(x).argmax(1) on the test set, as a dict for
+    metrics.json; read once. On the training pictures, assigned pred_train (N,), where there is no labelled test set.
+
+    ACC and F1 name each cluster by Hungarian matching on the training labels (on the scored ones if there are no
+    others); pictures in clusters left unmatched count as wrong.
+    """
+    K, pred, y = probs(data.to_float(ds.x_train[:2].to(device))).shape[1], pred_train.cpu(), ds.y_train
+    use_test = ds.x_test is not None and (ds.y_test is not None or y is None)
+    if use_test:
+        pred, y = in_chunks(probs, ds.x_test.to(device)).argmax(1).cpu(), ds.y_test
+    sizes = torch.bincount(pred, minlength=K)
+    out = {'split': 'test' if use_test else 'training', 'n': len(pred), 'clusters': K, 'left_out': [],
+           'live_clusters': int((sizes > 0).sum()), 'sizes': sizes.tolist()}
+    if y is None:
+        return {**out, 'left_out': ['ACC, NMI, ARI, purity: there are no labels']}
+    by = 'test' if ds.y_train is None else 'training'
+    name = hungarian_accuracy(pred, y)[1] if ds.y_train is None else hungarian_accuracy(pred_train, ds.y_train)[1]
+    named = torch.tensor([name.get(c, -1) for c in range(K)])[pred]
+    classes = len(ds.classes)
+    table = confusion_matrix(named[named >= 0], y[named >= 0], classes)
+    missed = np.bincount(y[named < 0].numpy(), minlength=classes)            # in clusters that stand for no class
+    both = 2 * table.diagonal() / np.maximum(table.sum(0) + table.sum(1) + missed, 1)
+    return {**out, 'acc': (named == y).float().mean().item(), 'mapping': by, 'nmi': nmi(pred, y), 'ari': ari(pred, y),
+            'purity': purity(pred, y), 'f1': both.tolist(), 'confusion': table.tolist()}
+
+
 def _take(y, ids):
     return None if y is None else y[ids]

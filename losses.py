@@ -72,3 +72,13 @@ def nt_xent(z1, z2, tau):
     logits = (z @ z.T / tau).fill_diagonal_(float('-inf'))
     positive = torch.arange(2 * B, device=z.device).roll(B)
     return F.cross_entropy(logits, positive)
+
+
+@in_float32
+def scan(p, q, entropy):
+    """SCAN's clustering loss (arXiv 2005.12320, eq. 2) over the batch: -mean log <p, q> - entropy * H(mean p), in
+    nats. p, q (..., B, K): cluster probabilities of pictures and of a neighbour of each -> (...). Least, -entropy
+    * log K, when all are sure, neighbours agree and clusters are equally large."""
+    agreement = (p * q).sum(-1).clamp(min=1e-8).log().mean(-1)
+    mean = p.mean(-2)
+    return -agreement + entropy * torch.special.xlogy(mean, mean).sum(-1)

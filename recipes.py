@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import cluster
 import data
 import distributed
 import evaluate
@@ -37,7 +38,8 @@ def main(args, typed, defaults):
         else:
             if args.name is None:
                 args.name = runs.default_name(args.method, {
-                    k: Path(v).stem if k in ('data', 'encoder') else v for k, v in typed.items()
+                    k: '+'.join(Path(f).stem for f in ([v] if isinstance(v, str) else v))
+                    if k in ('data', 'encoder') else v for k, v in typed.items()
                     if k not in runs.FREE | {'method', 'over'} and v != defaults.get(k)})
             search(args, typed) if 'search' in typed else run_method(args, typed)
     except train.Stopped as e:
@@ -72,7 +74,7 @@ def run_method(args, typed, trial=None):
         print(f'{run.folder} is already finished; --evaluate {run.folder} measures it again')
     elif not finished:
         try:
-            recipe = {'classify': classify, 'query': query}.get(args.method, represent)
+            recipe = RECIPES.get(args.method, represent)
             recipe(run, args, ds, device, **({'trial': trial} if trial else {}))
         except ValueError:
             run.withdraw()
@@ -234,16 +236,152 @@ class Asking:
 
 def score(run, args, ds, model, device, seconds):
     """Measure a classifier on the test set, once, and write metrics.json."""
-    began, logits = time.monotonic(), representation(args, model, None, device, model.forward)[0]
-    paid = labels.LabelDatabase(run.folder / 'labels.sqlite', None, 0, ds.digest)
-    def probs(x):
-        """Class probabilities; where training mirrored pictures, the mean of those of both ways round."""
-        return logits(x).softmax(1) + (logits(x.flip(3)).softmax(1) if args.flip else 0)
-    metrics = {'labels': paid.spent, **evaluate.measure_classifier(ds, probs, device)}
+    began, paid = time.monotonic(), labels.LabelDatabase(run.folder / 'labels.sqlite', None, 0, ds.digest)
+    metrics = {'labels': paid.spent, **evaluate.measure_classifier(ds, probabilities(args, model, device), device)}
     estimates = [estimate for _, estimate in paid.rounds().values() if estimate is not None]
     if estimates:
         metrics.update(estimate=estimates[-1], rounds=len(paid.rounds()))
     complete(run, args, metrics, seconds, began)
+
+
+def find_clusters(run, args, ds, device):
+    """--method cluster and scan: pseudo-labels from the pictures alone, a network trained on them, better ones."""
+    if args.clusters > len(ds.x_train) // 2:
+        raise ValueError(f'--clusters {args.clusters} is too many for {len(ds.x_train):,} pictures')
+    near, h = look_around(args, ds, device)
+    model = classifier_of(args, ds, device)
+    model = nets.MeanTeacher(model) if args.method == 'scan' else model
+    rounds = Clustering(run, args, ds, model, device, near, h)
+    more = {'y': rounds.pred}
+    if args.method == 'scan':
+        more = {'after_step': partial(model.follow, args.ema)}
+    objective = objective_of(args)
+    if args.method == 'scan':
+        objective = partial(objective, labelled=lambda: (rounds.x[rounds.chosen], rounds.pred[rounds.chosen]))
+    seconds = train_model(run, args, model, objective, rounds.x, plan=rounds.plan, **more)
+    if distributed.rank() == 0:
+        score_clusters(run, args, ds, model, device, seconds)
+
+
+def look_around(args, ds, device):
+    """(ids (N, k) of each picture's neighbours, features (N, D)): centred and normalised features of all --encoder
+    runs side by side; of the pixels without one."""
+    x, parts = ds.x_train.to(device), []
+    for folder in args.encoder or ():
+        encoder, amp = pretrained(folder, ds).to(device), runs.read_config(folder)['args'].get('amp', False)
+        own = argparse.Namespace(method='encoder', amp=amp)
+        parts.append(evaluate.in_chunks(representation(own, encoder.eval(), None, device, encoder.forward)[0], x))
+    h = torch.cat([F.normalize(h - h.mean(0), dim=1) for h in parts or [data.to_float(x).flatten(1)]], 1)
+    return cluster.neighbours(h, min(args.neighbours, len(h) - 1)), h
+
+
+HELD = 0.2          # an assignment whose criterion is that much worse than the one before is not learned from
+
+
+class Clustering:
+    """The iterations of find_clusters: every --epochs epochs all pictures are assigned anew, until that changes
+    nothing or --iterations are over; --closing epochs follow. Each assignment is a file, so that a resumed run
+    trains on the very same, and best.pt is the one with the lowest cluster.criterion, which sees no label."""
+
+    def __init__(self, run, args, ds, model, device, near, h):
+        self.run, self.args, self.ds, self.model, self.device, self.near, self.h = run, args, ds, model, device, near, h
+        self.x = ds.x_train.to(device)
+        self.pred = torch.zeros(len(self.x), dtype=torch.int64, device=device)       # in place: train.fit holds it
+        self.chosen = None
+
+    def plan(self, epoch, seconds):
+        """train.fit's plan: assigns where an iteration begins; returns the number of epochs."""
+        now, inside = divmod(epoch - 1, self.args.epochs)
+        answer = None
+        if distributed.rank() == 0:
+            last = self.last()
+            if inside == 0 and last is None and not self.file(now).exists():
+                self.assign(now, epoch)
+            state = runs.load_checkpoint(self.file(min(now, self.last() or now)))
+            if inside == 0 and (last is None or now <= last):
+                self.run.log({**state['row'], 'epoch': epoch})
+            last = self.last()
+            epochs = (self.args.iterations if last is None else last) * self.args.epochs + self.args.closing
+            if epoch > epochs:
+                self.finish()
+            answer = state['pred'], state['chosen'], epochs
+        pred, chosen, epochs = distributed.from_first(answer)
+        self.pred.copy_(pred)
+        self.chosen = chosen.to(self.device)
+        return epochs
+
+    def file(self, now):
+        return self.run.folder / f'iteration-{now:02}.pt'
+
+    def last(self):
+        """Number of the iteration after which nothing is assigned anew, or None while that isn't known."""
+        done = sorted(self.run.folder.glob('iteration-*.pt'))
+        return len(done) - 1 if done and runs.load_checkpoint(done[-1])['row']['last'] else None
+
+    def assign(self, now, epoch):
+        """Assign all pictures and write that down, with the weights it came from."""
+        args, before = self.args, self.pred
+        if now:
+            before = runs.load_checkpoint(self.file(now - 1))['pred'].to(self.device)
+        if args.method == 'scan':
+            probs = predict(args, self.model, self.x, self.device) if now else cluster.scan_heads(
+                self.h, self.near, args.clusters, args.heads, args.entropy, seed=args.seed)[0]
+            pred, chosen = probs.argmax(1), cluster.reliable(probs, self.near, args.threshold)
+        else:
+            h = evaluate.in_chunks(representation(args, self.model, None, self.device)[0], self.x) if now else self.h
+            pred = evaluate.kmeans(F.normalize(h, dim=1), args.clusters, seed=f'{args.seed} {now}')[0]
+            pred = cluster.match(pred, before, args.clusters) if now else pred
+            chosen = torch.arange(len(pred), device=self.device)
+        judge = partial(cluster.criterion, near=self.near, K=args.clusters, entropy=args.entropy)
+        stable, found, held = (pred == before).float().mean().item() if now else 0.0, judge(pred), False
+        if now and found > judge(before) + HELD:                           # worse: go on with the one before
+            pred, chosen, held = before, runs.load_checkpoint(self.file(now - 1))['chosen'], True
+        sizes = torch.bincount(pred, minlength=args.clusters)
+        row = {'iteration': now, 'stable': stable, 'live_clusters': int((sizes > 0).sum()), 'relied_on': len(chosen),
+               'sizes': sizes.tolist(), 'criterion': found, 'held': held,
+               'last': now == args.iterations or stable >= args.stable}
+        if self.ds.y_train is not None:                                    # to be looked at, never used
+            y = self.ds.y_train
+            row.update(acc=float(evaluate.hungarian_accuracy(pred, y)[0]), nmi=evaluate.nmi(pred, y),
+                       ari=evaluate.ari(pred, y), purity=evaluate.purity(pred, y))
+        runs.write_state(self.file(now), {'model': self.model.state_dict(), 'pred': pred.cpu(), 'row': row,
+                                          'chosen': chosen.cpu()})
+        print(report.iteration(row), flush=True)
+
+    def finish(self):
+        """best.pt and final.pt: the final assignment is made by the network as it is now."""
+        state = {'model': self.model.state_dict(),
+                 'pred': predict(self.args, self.model, self.x, self.device).argmax(1).cpu()}
+        final = cluster.criterion(state['pred'].to(self.device), self.near, self.args.clusters, self.args.entropy)
+        runs.write_state(self.run.folder / 'final.pt', {**state, 'criterion': final})
+        trained = [runs.load_checkpoint(path) for path in sorted(self.run.folder.glob('iteration-*.pt'))[1:]]
+        best = min(trained, key=lambda s: s['row']['criterion'], default=None)
+        if best is not None and best['row']['criterion'] < final:
+            state, final = {'model': best['model'], 'pred': best['pred']}, best['row']['criterion']
+        runs.write_state(self.run.folder / 'best.pt', {**state, 'criterion': final})
+
+
+def predict(args, model, x, device):
+    """Class or cluster probabilities (N, K) of uint8 pictures x, as probabilities gives them."""
+    return evaluate.in_chunks(probabilities(args, model, device), x)
+
+
+def probabilities(args, model, device):
+    """Function from float pictures (B, C, H, W) to class or cluster probabilities (B, K); where training mirrors,
+    the mean of both ways round."""
+    logits = representation(args, model, None, device, model.forward)[0]
+    def probs(x):
+        p = logits(x).softmax(1)
+        return (p + logits(x.flip(3)).softmax(1)) / 2 if args.flip else p
+    return probs
+
+
+def score_clusters(run, args, ds, model, device, seconds):
+    """Measure best.pt on the test set, once, and write metrics.json and pictures."""
+    began, best = time.monotonic(), runs.load_checkpoint(run.folder / 'best.pt')
+    model.load_state_dict(best['model'])
+    metrics = evaluate.measure_clusters(ds, probabilities(args, model, device), best['pred'], device)
+    complete(run, args, {**metrics, 'criterion': best['criterion']}, seconds, began)
 
 
 class Trial:
@@ -305,6 +443,9 @@ def search(args, typed):
     print('best: python ssl.py --method', args.method, *words)
 
 
+RECIPES = {'classify': classify, 'query': query, 'cluster': find_clusters, 'scan': find_clusters}
+
+
 def train_model(run, args, model, objective, x, **more):
     """train.fit with the flags filled in, and more; says first what is trained on what."""
     if distributed.rank() == 0:
@@ -356,9 +497,9 @@ def objective_of(args):
         return partial(train.variational, beta=args.beta, likelihood=args.likelihood)
     if args.method == 'simclr':
         return partial(train.contrastive, tau=args.tau, views=views_of(args))
-    if args.method == 'classify':
+    if args.method in ('classify', 'cluster'):
         return partial(train.classification, views=views_of(args), mixup=args.mixup)
-    if args.method == 'query':
+    if args.method in ('query', 'scan'):
         return partial(train.consistency, views=views_of(args), threshold=args.threshold)
     return partial(train.autoencoding, noise=args.noise)
 
@@ -374,18 +515,22 @@ def model_of(args, shape, device):
 
 def classifier_of(args, ds, device):
     """A classifier on the encoder of the run --encoder, or on a fresh one without it."""
+    folders = [args.encoder] if isinstance(args.encoder, str) else args.encoder or []
     torch.manual_seed(args.seed)
-    if args.encoder is None:
-        encoder = nets.Encoder(args.net, ds.shape, args.width)
-    else:
-        config = runs.read_config(args.encoder)
-        if tuple(config['data']['shape']) != ds.shape:
-            raise ValueError(f'--encoder {args.encoder} was trained on pictures {tuple(config["data"]["shape"])}, '
-                             f'and the data has {ds.shape}')
-        encoder = nets.encoder_of(load_model(Path(args.encoder), config, torch.device('cpu')))
-        torch.manual_seed(args.seed)                                   # the same head, whatever the encoder
-    model = nets.Classifier(encoder, len(ds.classes), args.head, args.freeze)
+    encoder = pretrained(folders[0], ds) if folders else nets.Encoder(args.net, ds.shape, args.width)
+    torch.manual_seed(args.seed)                                       # the same head, whatever the encoder
+    K = args.clusters if 'clusters' in args else len(ds.classes)
+    model = nets.Classifier(encoder, K, args.head, args.freeze)
     return model.to(device, memory_format=torch.channels_last)
+
+
+def pretrained(folder, ds):
+    """The encoder of a finished run of any method that has one, on the CPU."""
+    config = runs.read_config(folder)
+    if tuple(config['data']['shape']) != ds.shape:
+        raise ValueError(f'--encoder {folder} was trained on pictures {tuple(config["data"]["shape"])}, '
+                         f'and the data has {ds.shape}')
+    return nets.encoder_of(load_model(Path(folder), config, torch.device('cpu')))
 
 
 def load_model(folder, config, device):
@@ -445,6 +590,9 @@ def evaluate_again(folder, device):
         model = classifier_of(args, ds, device)
         model = nets.MeanTeacher(model) if args.method == 'query' else model
         score(run, args, ds, load_weights(model, folder), device, seconds)
+    elif args.method in ('cluster', 'scan'):
+        model = classifier_of(args, ds, device)
+        score_clusters(run, args, ds, nets.MeanTeacher(model) if args.method == 'scan' else model, device, seconds)
     elif 'net' in args:
         finish(run, args, ds, load_model(folder, config, device), device, seconds)
     else:

@@ -35,9 +35,28 @@ def sheet(*rows, gap=2, zoom=2):
     return out[0] if C == 1 else out.transpose(1, 2, 0)
 
 
+def iteration(row):
+    """One iteration of clustering as lines of text, loud when clusters have died."""
+    line = (f'iteration {row["iteration"]}: {row["stable"]:.1%} assigned as before, {row["relied_on"]:,} relied on, '
+            f'criterion {row["criterion"]:.3f}, sizes {row["sizes"]}')
+    if 'acc' in row:
+        line += f'; ACC {row["acc"]:.3f}, NMI {row["nmi"]:.3f}, ARI {row["ari"]:.3f}, purity {row["purity"]:.3f}'
+    if row['held']:
+        line += '\nWARNING: the new clusters are worse by the criterion and not learned from; those before are kept'
+    if row['live_clusters'] < len(row['sizes']):
+        line += f'\nWARNING: only {row["live_clusters"]} of {len(row["sizes"])} clusters are alive'
+    return line
+
+
 def describe(metrics):
     """metrics.json as lines of text: each measure with the convention it follows."""
     m = metrics
+    if 'live_clusters' in m:
+        scores = (f'ACC {m["acc"]:.3f} (Hungarian, on the {m["mapping"]} labels), NMI {m["nmi"]:.3f}, '
+                  f'ARI {m["ari"]:.3f}, purity {m["purity"]:.3f}, F1 by class {" ".join(f"{v:.2f}" for v in m["f1"])}'
+                  if 'acc' in m else f'left out: {", ".join(m["left_out"])}')
+        return (f'{m["clusters"]} clusters, {m["live_clusters"]} alive, of sizes {m["sizes"]} on {m["n"]:,} '
+                f'{m["split"]} pictures\n  {scores}')
     if 'accuracy' in m:
         return (f'accuracy {m["accuracy"]:.2%} on {m["n"]:,} {m["split"]} pictures, from {m["labels"]:,} labels; '
                 f'F1 by class {" ".join(f"{v:.2f}" for v in m["f1"])}')
@@ -67,7 +86,8 @@ def describe(metrics):
 COLUMNS = [('epochs', 'epochs', '{:.0f}'), ('seconds', 'seconds', '{:.0f}'), ('labels', 'labels', '{:.0f}'),
            ('accuracy', 'accuracy', '{:.1%}'), ('mse', 'MSE', '{:.4f}'),
            ('ssim', 'SSIM', '{:.3f}'), ('knn', 'kNN', '{:.1%}'), ('probe', 'probe', '{:.1%}'),
-           ('kmeans_acc', 'k-means ACC', '{:.3f}'), ('kmeans_nmi', 'NMI', '{:.3f}')]
+           ('kmeans_acc', 'k-means ACC', '{:.3f}'), ('kmeans_nmi', 'k-means NMI', '{:.3f}'),
+           ('acc', 'ACC', '{:.3f}'), ('nmi', 'NMI', '{:.3f}'), ('ari', 'ARI', '{:.3f}'), ('purity', 'purity', '{:.3f}')]
 
 
 def compare(folders):

@@ -10,12 +10,21 @@
 # Stopped at any moment, the same command continues. PYTHON=/path/to/python chooses the Python.
 set -euo pipefail
 
-methods='pixels pca random ae conv vae simclr'
+methods='pixels pca random ae conv vae simclr scan query query-random'
 
-flags() {   # of method $2 in schedule $1; a method that isn't named keeps its defaults
+flags() {   # of method $2 in schedule $1, whose run is called $3; a method that isn't named keeps its defaults
+  case $2 in
+    query)        echo --encoder "runs/${3/query/simclr}" ;;
+    query-random) echo --encoder "runs/${3/query-random/simclr}" --pick random ;;   # the control
+    scan)         echo --encoder "runs/${3/scan/simclr}" "runs/${3/scan/conv}" ;;
+  esac
   case $1-$2 in
     quick-pixels | quick-pca | quick-random) echo --limit 6000 ;;   # nothing to train
+    quick-query*)     echo --limit 6000 --budget 100 --rounds 2 --round-epochs 1 --closing 1 ;;
+    quick-scan)       echo --limit 6000 --iterations 1 --epochs 1 --closing 1 ;;
     quick-*)          echo --limit 6000 --epochs 1 ;;
+    default-query*)   echo --budget 200 --rounds 4 --round-epochs 1 --closing 1 ;;
+    default-scan)     echo --iterations 1 --epochs 1 --closing 2 ;;
     full-conv | full-vae) echo --epochs 10 ;;
     full-simclr)      echo --epochs 15 ;;
   esac
@@ -101,7 +110,8 @@ debian_data() {   # Debian's package of the data set, unpacked without root
 train() {   # schedule, method, name of the run, further flags
   local code=0 schedule=$1 method=$2 name=$3
   shift 3
-  "$PY" ssl.py --method "$method" --name "$name" --resume $(flags "$schedule" "$method") "$@" || code=$?
+  "$PY" ssl.py --method "${method%-random}" --name "$name" --resume $(flags "$schedule" "$method" "$name") "$@" ||
+    code=$?
   case $code in
     0)         runs+=("runs/$name") ;;
     130 | 143) stop $code "stopped: $again" ;;

@@ -117,8 +117,9 @@ class Run:
         if exists and resume:
             config = self._merge(read_config(self.folder), config, typed)
         else:
-            for old in ('log.jsonl', 'metrics.json', 'labels.sqlite', *CHECKPOINTS):
-                (self.folder / old).unlink(missing_ok=True)
+            for old in ('log.jsonl', 'metrics.json', 'labels.sqlite', '*.pt'):
+                for path in self.folder.glob(old):
+                    path.unlink()
         self.config = config
         write_json(self.folder / 'config.json', config)
 
@@ -170,17 +171,21 @@ class Run:
 
         Killed between the two renames, it is still there as checkpoint.new.pt.
         """
-        path = self.folder / 'checkpoint.pt'
-        blob = io.BytesIO()
-        torch.save({**state, 'digest': state_digest(state)}, blob)
-        new = self.folder / 'checkpoint.new.pt'
-        write_atomic(new, blob.getvalue())
+        path, new = self.folder / 'checkpoint.pt', self.folder / 'checkpoint.new.pt'
+        write_state(new, state)
         if path.exists():
             os.replace(path, self.folder / 'checkpoint.previous.pt')
         os.replace(new, path)
 
     def load(self):
         return newest_checkpoint(self.folder)
+
+
+def write_state(path, state):
+    """Write a nested state of tensors and plain types, with its digest, atomically."""
+    blob = io.BytesIO()
+    torch.save({**state, 'digest': state_digest(state)}, blob)
+    write_atomic(path, blob.getvalue())
 
 
 def newest_checkpoint(folder):
@@ -234,7 +239,7 @@ def state_digest(state):
 
 
 def load_checkpoint(path):
-    """State saved by Run.save, on the CPU. Only plain types and tensors are read (weights_only), so a hostile file
+    """State saved by write_state, on the CPU. Only plain types and tensors are read (weights_only), so a hostile file
     runs nothing; ValueError, one sentence, when it is damaged."""
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)

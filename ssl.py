@@ -15,50 +15,61 @@ else:
 
     # Defaults that depend on the method; a method that is missing in a row does not take the flag.
     NETS = ('ae', 'conv', 'vae', 'simclr')
+    HEADED = ('classify', 'query', 'cluster', 'scan')
+    def all_headed(value, **others):
+        return {**dict.fromkeys(HEADED, value), **others}
+
     PER_METHOD = {
-        'net': {'ae': 'fc', **dict.fromkeys(('conv', 'vae', 'simclr', 'random', 'classify', 'query'), 'resnet')},
-        'width': dict(ae=1.0, conv=0.5, vae=0.5, simclr=1.0, random=1.0, classify=1.0, query=1.0),
+        'net': dict(ae='fc', conv='resnet', vae='resnet', simclr='resnet', random='resnet', **all_headed('resnet')),
+        'width': dict(ae=1.0, conv=0.5, vae=0.5, simclr=1.0, random=1.0, **all_headed(1.0)),
         'latent': dict(ae=64, conv=64, vae=64, pca=64),
-        'epochs': dict(ae=5, conv=5, vae=5, simclr=7, classify=20),
-        'batch_size': dict(ae=128, conv=128, vae=128, simclr=512, classify=128, query=256),
-        'lr': dict(ae=1e-3, conv=2e-3, vae=2e-3, simclr=4e-3, classify=1e-3, query=1e-3),
-        'weight_decay': dict(ae=0.0, conv=0.0, vae=0.0, simclr=1e-4, classify=5e-4, query=5e-4),
-        'warmup': dict(ae=0.0, conv=0.5, vae=0.5, simclr=0.5, classify=1.0, query=1.0),
+        'epochs': dict(ae=5, conv=5, vae=5, simclr=7, classify=20, cluster=15, scan=2),
+        'batch_size': dict(ae=128, conv=128, vae=128, simclr=512, **all_headed(256, classify=128)),
+        'lr': dict(ae=1e-3, conv=2e-3, vae=2e-3, simclr=4e-3, **all_headed(1e-3)),
+        'weight_decay': dict(ae=0.0, conv=0.0, vae=0.0, simclr=1e-4, **all_headed(5e-4)),
+        'warmup': dict(ae=0.0, conv=0.5, vae=0.5, simclr=0.5, **all_headed(1.0)),
         'schedule': dict(ae='constant', conv='cosine', vae='cosine', simclr='cosine', classify='cosine'),
+        'closing': dict(query=10, cluster=5, scan=6),
         'patience': dict(ae=5, conv=5, vae=5),
         'min_delta': dict(ae=0.001, conv=0.0, vae=0.0),
-        'noise': dict(ae=0.0, conv=0.0, simclr=0.0, classify=0.0, query=0.0),
+        'amp': dict.fromkeys(NETS + ('random',) + HEADED),
+        'save_every': dict.fromkeys(NETS + HEADED, 60.0),
+        'sam': all_headed(0.0),
+        'noise': dict(ae=0.0, conv=0.0, simclr=0.0, **all_headed(0.0)),
         'beta': dict(vae=1.0),
         'likelihood': dict(vae='bernoulli'),
         'tau': dict(simclr=0.2),
-        'crop': dict(simclr=0.3, classify=0.7, query=0.5),
-        'flip': dict(simclr=True, classify=True, query=True),
-        'rotate': dict(simclr=10.0, classify=5.0, query=10.0),
-        'jitter': dict(simclr=0.4, classify=0.2, query=0.4),
-        'blur': dict(simclr=0.0, classify=0.0, query=0.0),
-        'cutout': dict(simclr=0.0, classify=0.3, query=0.4),
-        'amp': dict.fromkeys(NETS + ('random', 'classify', 'query')),
-        'save_every': dict.fromkeys(NETS + ('classify', 'query'), 60.0),
-        'encoder': dict(classify=None, query=None),
+        'encoder': all_headed(None),
+        'freeze': all_headed(False),
+        'head': all_headed('linear'),
         'labels': dict(classify=0.1),
         'pick': dict(classify='random', query='informative'),
-        'freeze': dict(classify=False, query=False),
-        'head': dict(classify='linear', query='linear'),
-        'mixup': dict(classify=0.2),
-        'sam': dict(classify=0.0, query=0.0),
+        'mixup': dict(classify=0.2, cluster=0.0),
         'budget': dict(query=1000),
         'until': dict(query=None),
         'audit': dict(query=0.1),
         'rounds': dict(query=10),
         'round_epochs': dict(query=3),
-        'closing': dict(query=10),
-        'threshold': dict(query=0.95),
-        'ema': dict(query=0.997),
+        'threshold': dict(query=0.95, scan=0.95),
+        'ema': dict(query=0.997, scan=0.997),
+        'clusters': dict(cluster=10, scan=10),
+        'iterations': dict(cluster=30, scan=6),
+        'stable': dict(cluster=0.995, scan=0.995),
+        'neighbours': dict(cluster=20, scan=20),
+        'entropy': dict(cluster=5.0, scan=5.0),
+        'heads': dict(scan=16),
+        'crop': dict(simclr=0.3, **all_headed(0.5, classify=0.7)),
+        'flip': dict(simclr=True, **all_headed(True)),
+        'rotate': dict(simclr=10.0, **all_headed(10.0, classify=5.0)),
+        'jitter': dict(simclr=0.4, **all_headed(0.4, classify=0.2)),
+        'blur': dict(simclr=0.0, **all_headed(0.0)),
+        'cutout': dict(simclr=0.0, **all_headed(0.4, classify=0.3)),
     }
     PLAIN = dict(data=None, limit=None, val=5000, name=None, resume=False, overwrite=False, device=None, seed=0)
     METHODS = {'ae': 'fully connected autoencoder', 'conv': 'convolutional residual autoencoder',
                'vae': 'variational autoencoder', 'simclr': 'contrastive learning',
                'classify': 'classifier from few labels', 'query': 'classifier that asks for its labels',
+               'cluster': 'k-means and training on its clusters, in turns', 'scan': 'clusters of neighbours',
                'random': 'untrained encoder', 'pixels': 'raw pixels',
                'pca': 'principal components'}
     EPILOG = """examples, with what two CPU cores gave on Fashion-MNIST:
@@ -184,8 +195,8 @@ else:
         flag(g, '--tau', 'temperature of NT-Xent', type=number(float, 0.001, 100), metavar='T')
 
         g = p.add_argument_group('few labels')
-        flag(g, '--encoder', 'run folder whose encoder to start from; without it from scratch', type=path,
-             metavar='RUN')
+        flag(g, '--encoder', 'run folder whose encoder to start from, without it from scratch; cluster and scan take '
+             'several, and see neighbours in the features of all', type=path, nargs='+', metavar='RUN')
         flag(g, '--labels', 'how many labels to pay for, or below 1 their share',
              type=number(float, 0, 1e9, above=True), metavar='N')
         flag(g, '--pick', 'which: random, coverage (classify: k-means medoids of the encoder\'s features), informative '
@@ -211,6 +222,15 @@ else:
              int, 0, 10**6), metavar='N')
         flag(g, '--threshold', 'how sure the teacher must be of a pseudo-label', type=share, metavar='P')
         flag(g, '--ema', 'decay of the teacher\'s weights a step', type=share, metavar='X')
+
+        g = p.add_argument_group('clusters')
+        flag(g, '--clusters', 'how many', type=number(int, 2, 10**4), metavar='K')
+        flag(g, '--iterations', 'how often all pictures are assigned anew, every --epochs epochs', type=count,
+             metavar='N')
+        flag(g, '--stable', 'stop when this share of them is assigned as before', type=share, metavar='X')
+        flag(g, '--neighbours', 'of each picture, which should share its cluster', type=count, metavar='N')
+        flag(g, '--entropy', 'weight of clusters being equally large', type=number(float, 0, 1e6), metavar='X')
+        flag(g, '--heads', 'of which the one with the lowest loss is taken', type=number(int, 1, 1000), metavar='N')
 
         g = p.add_argument_group('views')
         flag(g, '--crop', 'smallest share of the area a crop keeps; 1 is no crop', type=number(float, 0.01, 1),
@@ -253,8 +273,8 @@ else:
             parser.error(f'--name {typed["name"]!r} is not a plain folder name')
         if ('search' in typed) != ('over' in typed):
             parser.error('--search N and --over FLAG=LOW:HIGH go together')
-        if 'search' in typed and method not in PER_METHOD['lr']:
-            parser.error(f'--search tries settings of training, and --method {method} has none')
+        if 'search' in typed and method not in (*NETS, 'classify', 'query'):
+            parser.error(f'--search has no score for --method {method}')
         types = {a.dest: a.type for a in parser._actions}
         for i, (key, *ends) in enumerate(typed.get('over', ())):
             if method not in PER_METHOD.get(key, ()) or 'number' not in getattr(types[key], '__qualname__', ''):
@@ -269,6 +289,10 @@ else:
             typed['over'][i] = key, low, high
         if 'resume' in typed and 'overwrite' in typed:
             parser.error('--resume and --overwrite exclude each other')
+        if 'encoder' in typed and method in ('classify', 'query'):
+            if len(typed['encoder']) > 1:
+                parser.error(f'--method {method} starts from one --encoder, not {len(typed["encoder"])}')
+            typed['encoder'] = typed['encoder'][0]
         own = {key: per[method] for key, per in PER_METHOD.items() if method in per}
         defaults = {'method': method, **PLAIN, **own}
         return argparse.Namespace(**{**defaults, **typed}), typed, defaults

@@ -44,6 +44,7 @@ import scipy.optimize
 import scipy.spatial
 import torch
 
+import cluster
 import data
 import evaluate
 import fetch
@@ -161,11 +162,14 @@ def tiny(method, *more):
         flags += ['--epochs', 2, '--batch-size', 2000, '--labels', 15]
     if method == 'query':                                                 # two rounds of an epoch each
         flags += ['--batch-size', 40, '--budget', 15, '--rounds', 2, '--round-epochs', 1, '--closing', 0]
+    if method in ('cluster', 'scan'):                                     # two iterations of an epoch each
+        flags += ['--clusters', 3, '--batch-size', 40, '--epochs', 1, '--iterations', 2, '--closing', 0,
+                  '--neighbours', 5, '--stable', 1]
     return flags + list(more)
 
 
 UNLABELLED = ('ae', 'conv', 'vae', 'simclr')
-TRAINED = (*UNLABELLED, 'classify', 'query')
+TRAINED = (*UNLABELLED, 'classify', 'query', 'cluster', 'scan')
 
 
 def only_training():
@@ -331,9 +335,9 @@ def test_a_wrong_value_of_any_number_flag_is_one_line_and_starts_nothing():
     assert len(numbers) > 20
     wrong = ['-1', '-1e9', 'nan', 'inf', '1e999', '9' * 400, '', 'abc', '1,5', '0x10', '--lr']
     zero = {'seed', 'epochs', 'weight_decay', 'warmup', 'patience', 'min_delta', 'noise', 'beta', 'rotate',
-            'jitter', 'blur', 'cutout', 'mixup', 'sam', 'closing', 'threshold', 'audit',
+            'jitter', 'blur', 'cutout', 'mixup', 'sam', 'closing', 'threshold', 'audit', 'stable', 'entropy',
             'ema'}                                 # where 0 is a value like others
-    with folder() as cwd:
+    with folder() as cwd, mock.patch.object(recipes, 'main', side_effect=AssertionError('work was started')):
         for dest, action in numbers.items():
             for text in wrong + ['0'] * (dest not in zero) + ['1.5'] * (dest == 'epochs'):
                 option = action.option_strings[0]
@@ -399,16 +403,17 @@ def test_a_flag_that_a_command_would_ignore_is_refused():
 
 def test_every_training_flag_changes_what_is_trained():
     other = {'net': 'conv', 'width': 0.3, 'latent': 3, 'epochs': 2, 'lr': 0.01, 'weight_decay': 0.5, 'warmup': 3,
-             'batch_size': {**dict.fromkeys(UNLABELLED, 8), 'classify': 2500, 'query': 8},
+             'batch_size': {**dict.fromkeys(TRAINED, 8), 'classify': 2500},
              'schedule': {**dict.fromkeys(TRAINED, 'constant'), 'ae': 'cosine'},
              'sam': 0.5, 'budget': 12, 'rounds': 1, 'round_epochs': 2, 'closing': 1, 'ema': 0.5, 'threshold': 0.1,
-             'audit': 0.5,
+             'audit': 0.5, 'clusters': 2, 'iterations': {'cluster': 1, 'scan': 1}, 'neighbours': {'scan': 3},
+             'entropy': {'scan': 0.1}, 'heads': {'scan': 1},
              'noise': 0.3, 'beta': 3, 'likelihood': 'gaussian', 'tau': 1, 'crop': 0.9, 'rotate': 90, 'jitter': 0,
              'blur': 1, 'cutout': 0.5, 'flip': '--no-flip', 'amp': '--amp', 'freeze': '--freeze', 'labels': 12,
              'pick': {'classify': 'coverage', 'query': 'random'}, 'head': 'mlp', 'mixup': 0, 'seed': 1, 'limit': 30,
              'val': dict.fromkeys(UNLABELLED, 1)}
     elsewhere = {'patience', 'min_delta', 'save_every', 'method', 'evaluate', 'compare', 'show_views', 'fetch',
-                 'search', 'over', 'data', 'name', 'resume', 'overwrite', 'device', 'encoder', 'until'}
+                 'search', 'over', 'data', 'name', 'resume', 'overwrite', 'device', 'encoder', 'until', 'stable'}
     assert set(other) | elsewhere == set(flags()), 'a flag without a test'
     with folder() as cwd, only_training():
         x, y = pictures(45, 8, 8)
@@ -439,6 +444,123 @@ def test_training_stops_early_by_patience_and_min_delta():
             code, _, err = run(*tiny('ae'), '--epochs', 6, '--overwrite', '--patience', patience,
                                '--min-delta', min_delta, cwd=cwd)
             assert code == 0 and len(logged(cwd / 'runs' / 'ae')) == epochs, (patience, min_delta, err)
+
+
+# cluster.py -------------------------------------------------------------------------------------------------
+
+def test_neighbours_are_the_nearest_by_cosine_without_the_picture_itself():
+    h = randn(70, 5, seed=1)
+    cosine = 1 - scipy.spatial.distance.cdist(h.numpy(), h.numpy(), 'cosine')
+    np.fill_diagonal(cosine, -2)
+    with mock.patch.object(evaluate, 'CHUNK', 1000):
+        assert cluster.neighbours(h, 4).tolist() == np.argsort(-cosine, axis=1)[:, :4].tolist()
+
+
+def test_the_scan_loss_is_equation_2_and_least_when_sure_agreed_and_balanced():
+    p, q = randn(6, 3, seed=1).softmax(1), randn(6, 3, seed=2).softmax(1)
+    agree = sum(math.log(sum(float(p[i, k] * q[i, k]) for k in range(3))) for i in range(6)) / 6
+    mean = [sum(float(p[i, k]) for i in range(6)) / 6 for k in range(3)]
+    assert close(losses.scan(p, q, 2.0), -agree + 2 * sum(m * math.log(m) for m in mean))
+    sure = torch.eye(3).repeat(2, 1)
+    assert close(losses.scan(sure, sure, 5.0), -5 * math.log(3)) and close(losses.scan(sure[:1], sure[:1], 5.0), 0)
+    both = losses.scan(torch.stack([p, q]), torch.stack([q, q]), 2.0)
+    assert close(both, torch.stack([losses.scan(p, q, 2.0), losses.scan(q, q, 2.0)]))
+
+
+def test_scan_heads_find_blobs_and_the_one_taken_has_the_lowest_loss():
+    h, blob = blobs()
+    near = cluster.neighbours(h, 5)
+    probs, loss = cluster.scan_heads(h, near, 3, heads=8, steps=200, batch=64)
+    assert evaluate.hungarian_accuracy(probs.argmax(1), blob)[0] == 1 and loss < -0.9 * 5 * math.log(3)
+    again, same = cluster.scan_heads(h, near, 3, heads=8, steps=200, batch=64)
+    assert close(again, probs, 1e-5) and close(loss, same, 1e-5)
+
+
+def test_the_criterion_sees_neighbours_and_sizes_and_one_cluster_for_all_is_worst():
+    h, blob = blobs()
+    near = cluster.neighbours(h, 5)
+    right, one = cluster.criterion(blob, near, 3), cluster.criterion(torch.zeros_like(blob), near, 3)
+    assert close(right, -5 * math.log(3)) and close(one, 0)
+    for seed in range(20):
+        other = torch.randint(3, (60,), generator=data.generator('cpu', seed))
+        assert right < cluster.criterion(other, near, 3)
+    swapped = blob.clone()
+    swapped[:10] = 2
+    same = sum(int(swapped[j] == swapped[i]) for i in range(60) for j in near[i]) / near.numel()
+    sizes = [c / 60 for c in swapped.bincount().tolist()]
+    assert close(cluster.criterion(swapped, near, 3, 2.0), -math.log(same) + 2 * sum(s * math.log(s) for s in sizes))
+
+
+def test_reliable_pictures_are_sure_and_so_are_their_neighbours():
+    probs = torch.tensor([[0.99, 0.01], [0.99, 0.01], [0.97, 0.03], [0.6, 0.4], [0.01, 0.99]])
+    near = torch.tensor([[1, 2], [0, 2], [3, 0], [0, 1], [0, 1]])
+    assert cluster.reliable(probs, near).tolist() == [0, 1, 2, 3, 4]        # the second cluster has none: its surest
+    near[4] = torch.tensor([4, 4])
+    assert cluster.reliable(probs, near).tolist() == [0, 1, 4]
+
+
+def test_clusters_keep_their_names_whatever_the_order_they_are_found_in():
+    before = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 2])
+    for names in itertools.permutations(range(4), 3):
+        found = torch.tensor(names)[before]
+        found[3] = names[0]
+        after = cluster.match(found, before, 4)
+        assert after.tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2]
+    assert sorted(cluster.match(torch.tensor([3, 2, 1, 0]), torch.tensor([0, 0, 1, 1]), 4).tolist()) == [0, 1, 2, 3]
+
+
+def test_clusters_are_scored_with_the_names_that_training_labels_give_them_and_unmatched_ones_are_wrong():
+    a = arrays(60, 30)
+    ds = data._dataset('tiny', a)
+    for K in 2, 3, 5:                                                      # fewer, as many and more than classes
+        where = {p.tobytes(): i for i, p in enumerate(a['x_test'])}
+        pred = [(int(k) + (i % 5 == 0)) % K for i, k in enumerate(a['y_test'])]
+        def probs(x, pred=pred, where=where, K=K):
+            ids = [where.get((p[0] * 255).round().byte().numpy().tobytes(), 0) for p in x]
+            return torch.nn.functional.one_hot(torch.tensor([pred[i] for i in ids]), K).float()
+        train = torch.tensor([int(k) % K for k in a['y_train']])
+        m = evaluate.measure_clusters(ds, probs, train)
+        best = max(itertools.permutations([*range(3), *[-1] * max(0, K - 3)], K),
+                   key=lambda p: sum(p[c] == k for c, k in zip(train.tolist(), a['y_train'])))
+        named = [best[c] for c in pred]
+        assert close(m['acc'], np.mean([n == k for n, k in zip(named, a['y_test'])])) and m['clusters'] == K
+        for k in range(3):
+            hit = sum(n == y == k for n, y in zip(named, a['y_test']))
+            assert close(m['f1'][k], 2 * hit / max(1, named.count(k) + list(a['y_test']).count(k)))
+        assert m['split'] == 'test' and m['mapping'] == 'training' and m['live_clusters'] == len(set(pred))
+    del a['y_train'], a['y_test']
+    m = evaluate.measure_clusters(data._dataset('tiny', a), probs, train)
+    assert 'acc' not in m and m['left_out'] and sum(m['sizes']) == 30
+
+
+def test_an_assignment_that_collapses_is_said_loudly_and_not_learned_from():
+    one = torch.zeros(120, dtype=torch.int64)
+    real = evaluate.kmeans
+    def collapsing(h, k, **more):                                          # from the second iteration on
+        return (one, None, 0) if str(more['seed']).endswith('1') else real(h, k, **more)
+    with folder() as cwd, mock.patch.object(evaluate, 'kmeans', collapsing), \
+            mock.patch.object(recipes, 'predict', lambda *_: torch.eye(3)[one]):
+        write_npz(cwd / 'tiny.npz')
+        for method in 'cluster', 'scan':
+            code, out, err = run(*tiny(method), cwd=cwd)
+            assert code == 0 and not err and 'WARNING: the new clusters are worse' in out
+            rows = [row for row in logged(cwd / 'runs' / method) if 'iteration' in row]
+            assert rows[1]['held'] and rows[0]['sizes'] == rows[1]['sizes'] and rows[1]['criterion'] == 0
+    assert 'only 1 of 2 clusters are alive' in report.iteration({**rows[0], 'sizes': [5, 0], 'live_clusters': 1})
+
+
+def test_any_number_of_clusters_and_no_labels_at_all_work():
+    with folder() as cwd:
+        for K in 2, 5, 20:
+            write_npz(cwd / 'tiny.npz')
+            for method in 'cluster', 'scan':
+                code, out, err = run(*tiny(method), '--clusters', K, '--overwrite', cwd=cwd)
+                assert code == 0 and not err and measured(cwd / 'runs' / method)['clusters'] == K
+        write_npz(cwd / 'tiny.npz', x_train=pictures(60, 9, 13, C=3)[0])
+        for method in 'cluster', 'scan':
+            code, out, err = run(*tiny(method), '--overwrite', cwd=cwd)
+            assert code == 0 and not err and 'there are no labels' in out
+        refused(*tiny('scan'), '--clusters', 31, '--overwrite', cwd=cwd, said=['31', '60'])
 
 
 # search.py --------------------------------------------------------------------------------------------------
@@ -2073,17 +2195,19 @@ def test_measuring_leaves_the_backbone_bit_identical():
 
 
 def test_every_method_learns_on_tiny_pictures_and_leaves_all_its_files():
-    shows = {'ae': 'reconstructions', 'conv': 'reconstructions', 'vae': 'reconstructions samples interpolation',
-             'simclr': 'views', 'classify': '', 'query': '', 'random': '', 'pixels': '', 'pca': 'reconstructions'}
+    shows = {**dict.fromkeys([*cli.METHODS], ''), **dict.fromkeys(['ae', 'conv', 'pca'], 'reconstructions'),
+             'vae': 'reconstructions samples interpolation', 'simclr': 'views'}
     for method, pngs in shows.items():
         there = finished(method)
         files = {'config.json', 'metrics.json', '.lock'} | {f'{png}.png' for png in pngs.split()}
         if method in TRAINED:
             files |= {'log.jsonl', 'checkpoint.pt'}
-            rows = logged(there)
+            rows = [row for row in logged(there) if 'loss' in row]
             assert [row['epoch'] for row in rows] == [1, 2] and rows[1]['loss'] < rows[0]['loss'], method
         if method in ('classify', 'query'):
             files |= {'labels.sqlite'}
+        if method in ('cluster', 'scan'):
+            files |= {'best.pt', 'final.pt', 'iteration-00.pt', 'iteration-01.pt', 'iteration-02.pt'}
         assert {p.name for p in there.iterdir()} - {'checkpoint.previous.pt'} == files, method
         m, config = measured(there), runs.read_json(there / 'config.json')
         assert m['split'] == 'test' and m['n'] == 40 and m['method'] == method and not m['left_out']

@@ -1,0 +1,74 @@
+"""Clusters without labels: neighbours, SCAN heads on frozen features, which pictures to rely on, matching."""
+import torch
+import torch.nn.functional as F
+
+import data
+import evaluate
+import losses
+
+
+def neighbours(h, k):
+    """Ids (N, k) of the k nearest rows of h (N, D) by cosine, without the row itself; in chunks."""
+    h = F.normalize(h.float(), dim=1)
+    ids = torch.arange(len(h), device=h.device)
+    return torch.cat([(part @ h.T).scatter_(1, rows.unsqueeze(1), -2).topk(k, dim=1).indices for part, rows in
+                      zip(*(t.split(max(1, evaluate.CHUNK // len(h))) for t in (h, ids)))])
+
+
+def scan_heads(h, near, K, heads=16, entropy=5.0, steps=600, batch=4096, lr=3e-3, seed=0):
+    """(probabilities (N, K), loss) of the best of many linear cluster heads on frozen features h (N, D).
+
+    All are trained at once by SCAN's loss (arXiv 2005.12320, eq. 2) on pairs of a row and one of its neighbours
+    near (N, k); the best is the one with the lowest loss over fresh pairs, so no label chooses it.
+    """
+    g = data.generator(h.device, seed, 'scan')
+    x = 16 * F.normalize(h.float(), dim=1)
+    weight = (0.05 * torch.randn(h.shape[1], heads * K, generator=g, device=h.device)).requires_grad_()
+    bias = torch.zeros(heads * K, device=h.device, requires_grad=True)
+    opt = torch.optim.Adam([weight, bias], lr=lr)
+    def loss(n):
+        i = torch.randint(len(x), (n,), generator=g, device=h.device)
+        j = near[i, torch.randint(near.shape[1], (n,), generator=g, device=h.device)]
+        p, q = ((x[v] @ weight + bias).view(n, heads, K).softmax(2).transpose(0, 1) for v in (i, j))
+        return losses.scan(p, q, entropy)
+    for step in range(steps):
+        opt.param_groups[0]['lr'] = lr * (1 - step / steps)
+        opt.zero_grad()
+        loss(min(batch, len(x))).sum().backward()
+        opt.step()
+    with torch.no_grad():
+        final = loss(5 * batch)
+        best = final.argmin()
+        logits = (x @ weight + bias).view(len(x), heads, K)[:, best]
+    return logits.softmax(1), final[best].item()
+
+
+def reliable(probs, near, threshold=0.95):
+    """Ids of pictures to learn from: assigned with more than `threshold` and, on average, so are their neighbours
+    to the same cluster (the local consistency of SPICE, arXiv 2103.09382, section 3.3); of a cluster without any,
+    the ten surest."""
+    sure, pred = probs.max(1)
+    around = torch.cat([probs[part].mean(1) for part in near.split(4096)]).gather(1, pred.unsqueeze(1)).squeeze(1)
+    chosen = (sure > threshold) & (around > threshold)
+    for c in range(probs.shape[1]):
+        if not chosen[pred == c].any():
+            chosen[probs[:, c].topk(min(10, len(probs))).indices] = True
+    return chosen.nonzero().flatten()
+
+
+def criterion(pred, near, K, entropy=5.0):
+    """SCAN's loss of hard assignments pred (N,): minus the log share of neighbours in the same cluster, minus
+    `entropy` times that of the cluster sizes. Sees no label; lower is better, and one cluster for all is worst."""
+    same = (pred[near] == pred.unsqueeze(1)).float().mean().clamp(min=1e-8)
+    sizes = torch.bincount(pred, minlength=K).float() / len(pred)
+    return (-same.log() + entropy * torch.special.xlogy(sizes, sizes).sum()).item()
+
+
+def match(pred, before, K):
+    """pred (N,) with its clusters renamed to those of the assignment `before` that they overlap most (Hungarian)."""
+    name = {int(a): int(b) for a, b in evaluate.hungarian_accuracy(pred, before)[1].items()}
+    free = [c for c in range(K) if c not in name.values()]
+    for c in range(K):
+        if c not in name:
+            name[c] = free.pop()
+    return torch.tensor([name[c] for c in range(K)], device=pred.device)[pred]
