@@ -248,7 +248,9 @@ class MeanTeacher(nn.Module):
 
 def encoder_of(model):
     """What a classifier takes over from a pretrained model: the encoder up to the features it is judged by."""
-    return Mean(model.encoder) if isinstance(model, VAE) else model.encoder
+    if isinstance(model, VAE):
+        return Mean(model.encoder)
+    return (model.teacher if isinstance(model, MeanTeacher) else model).encoder.requires_grad_(True)
 
 
 def build(method, net, shape, width=1.0, latent=64):

@@ -8,6 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -67,9 +68,11 @@ def run_method(args, typed, trial=None):
     if getattr(args, 'amp', False) is None:
         args.amp = args.net != 'fc' and train.amp_by_default(device)
     config = runs.describe(vars(args), ds, device)
+    if getattr(args, 'encoder', None):
+        config['encoder'] = [read_encoder(f, ds.shape) for f in np.atleast_1d(args.encoder).tolist()][0]
     run = runs.Run(folder, config, typed, args.resume, args.overwrite) if first else runs.Silent(folder)
-    resolved, finished = distributed.from_first((run.config['args'], run.finished) if first else None)
-    args = argparse.Namespace(**resolved)
+    run.config, finished = distributed.from_first((run.config, run.finished) if first else None)
+    args = argparse.Namespace(**run.config['args'])
     if finished and not trial:
         print(f'{run.folder} is already finished; --evaluate {run.folder} measures it again')
     elif not finished:
@@ -85,7 +88,7 @@ def run_method(args, typed, trial=None):
 def represent(run, args, ds, device, trial=None):
     """Learn a representation from pictures alone, then measure it."""
     train_ids, val_ids = data.split(len(ds.x_train), args.val, args.seed)
-    model, seconds = model_of(args, ds.shape, device), 0.0
+    model, seconds = network_of(run.config, device), 0.0
     if 'epochs' in args:
         objective, x_val = objective_of(args), ds.x_train[val_ids].to(device)
         check = partial(train.validate, model, objective, x_val, args.batch_size, args.seed, args.amp)
@@ -117,7 +120,7 @@ def classify(run, args, ds, device, trial=None):
     if not len(ds.classes) <= n <= len(ds.x_train):
         raise ValueError(f'--labels {args.labels:g} asks for {n:,} labels; wanted from {len(ds.classes)}, the '
                          f'number of classes, to {len(ds.x_train):,}, the number of pictures')
-    model = classifier_of(args, ds, device)
+    model = beginning(run, args, device)
     if distributed.rank() == 0:
         oracle = ds.y_train.__getitem__
         paid = labels.LabelDatabase(run.folder / 'labels.sqlite', oracle, n, ds.digest)
@@ -154,7 +157,7 @@ def query(run, args, ds, device, trial=None):
         raise ValueError('--until goes by an estimate, which needs some queries drawn at random: --audit above 0')
     if args.rounds > args.budget:
         raise ValueError(f'--rounds {args.rounds} is more than the --budget of {args.budget} labels')
-    model = nets.MeanTeacher(classifier_of(args, ds, device))
+    model = beginning(run, args, device)
     asking = Asking(run, args, ds, model, device)
     objective = partial(objective_of(args), labelled=lambda: asking.labelled)
     check = trial.scored(None, asking.estimate) if trial else None
@@ -249,8 +252,7 @@ def find_clusters(run, args, ds, device):
     if args.clusters > len(ds.x_train) // 2:
         raise ValueError(f'--clusters {args.clusters} is too many for {len(ds.x_train):,} pictures')
     near, h = look_around(args, ds, device)
-    model = classifier_of(args, ds, device)
-    model = nets.MeanTeacher(model) if args.method == 'scan' else model
+    model = beginning(run, args, device)
     rounds = Clustering(run, args, ds, model, device, near, h)
     more = {'y': rounds.pred}
     if args.method == 'scan':
@@ -268,9 +270,10 @@ def look_around(args, ds, device):
     runs side by side; of the pixels without one."""
     x, parts = ds.x_train.to(device), []
     for folder in args.encoder or ():
-        encoder, amp = pretrained(folder, ds).to(device), runs.read_config(folder)['args'].get('amp', False)
-        own = argparse.Namespace(method='encoder', amp=amp)
-        parts.append(evaluate.in_chunks(representation(own, encoder.eval(), None, device, encoder.forward)[0], x))
+        config = runs.read_config(folder)
+        encode = representation(argparse.Namespace(**config['args']), load_model(Path(folder), config, device), None,
+                                device)[0]
+        parts.append(evaluate.in_chunks(encode, x))
     h = torch.cat([F.normalize(h - h.mean(0), dim=1) for h in parts or [data.to_float(x).flatten(1)]], 1)
     return cluster.neighbours(h, min(args.neighbours, len(h) - 1)), h
 
@@ -504,41 +507,50 @@ def objective_of(args):
     return partial(train.autoencoding, noise=args.noise)
 
 
-def model_of(args, shape, device):
-    """The method's network on the device, initialised by the seed; None for pixels and pca."""
-    if args.method not in ('ae', 'conv', 'vae', 'simclr', 'random'):
+def network_of(config, device):
+    """The network of a run, from its config.json alone: initialised by the seed, on the device; None if it has none."""
+    args, shape = argparse.Namespace(**config['args']), config['data']['shape']
+    torch.manual_seed(args.seed)
+    if args.method in RECIPES:
+        begun = config.get('encoder')
+        encoder = nets.encoder_of(network_of(begun, 'cpu')) if begun else nets.Encoder(args.net, shape, args.width)
+        torch.manual_seed(args.seed)                                   # the same head, whatever the encoder
+        K = args.clusters if 'clusters' in args else len(config['data']['classes'])
+        model = nets.Classifier(encoder, K, args.head, args.freeze)
+        model = nets.MeanTeacher(model) if args.method in ('query', 'scan') else model
+    elif 'net' in args:
+        model = nets.build(args.method, args.net, shape, args.width, getattr(args, 'latent', None))
+    else:
         return None
-    torch.manual_seed(args.seed)
-    model = nets.build(args.method, args.net, shape, args.width, getattr(args, 'latent', None))
     return model.to(device, memory_format=torch.channels_last)
 
 
-def classifier_of(args, ds, device):
-    """A classifier on the encoder of the run --encoder, or on a fresh one without it."""
-    folders = [args.encoder] if isinstance(args.encoder, str) else args.encoder or []
-    torch.manual_seed(args.seed)
-    encoder = pretrained(folders[0], ds) if folders else nets.Encoder(args.net, ds.shape, args.width)
-    torch.manual_seed(args.seed)                                       # the same head, whatever the encoder
-    K = args.clusters if 'clusters' in args else len(ds.classes)
-    model = nets.Classifier(encoder, K, args.head, args.freeze)
-    return model.to(device, memory_format=torch.channels_last)
+def beginning(run, args, device):
+    """The classifier that a run begins with: on the encoder of the first run --encoder, or on a fresh one."""
+    model = network_of(run.config, device)
+    if args.encoder:
+        folder = Path(args.encoder if isinstance(args.encoder, str) else args.encoder[0])
+        trained = nets.encoder_of(load_model(folder, runs.read_config(folder), device)).state_dict()
+        for classifier in [model.student, model.teacher] if args.method in ('query', 'scan') else [model]:
+            classifier.encoder.load_state_dict(trained)
+    return model
 
 
-def pretrained(folder, ds):
-    """The encoder of a finished run of any method that has one, on the CPU."""
+def read_encoder(folder, shape):
+    """The part of a run's config.json that says what its encoder is; ValueError if it can't be begun with."""
     config = runs.read_config(folder)
-    if tuple(config['data']['shape']) != ds.shape:
+    if tuple(config['data']['shape']) != tuple(shape):
         raise ValueError(f'--encoder {folder} was trained on pictures {tuple(config["data"]["shape"])}, '
-                         f'and the data has {ds.shape}')
-    return nets.encoder_of(load_model(Path(folder), config, torch.device('cpu')))
+                         f'and the data has {tuple(shape)}')
+    if 'net' not in config['args']:
+        raise ValueError(f'{folder} holds no encoder: it is a run of --method {config["args"]["method"]}')
+    return {key: config[key] for key in ('args', 'data', 'encoder') if key in config}
 
 
 def load_model(folder, config, device):
     """The network of a run folder, as trained."""
-    model = model_of(argparse.Namespace(**config['args']), config['data']['shape'], device)
-    if model is None:
-        raise ValueError(f'{folder} holds no encoder: it is a run of --method {config["args"]["method"]}')
-    return load_weights(model, folder) if 'epochs' in config['args'] else model
+    model = network_of(config, device)
+    return load_weights(model, folder) if 'lr' in config['args'] else model
 
 
 def load_weights(model, folder):
@@ -586,17 +598,11 @@ def evaluate_again(folder, device):
     if not run.finished:
         raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
     seconds = runs.read_json(folder / 'metrics.json').get('seconds') or 0.0
-    if args.method in ('classify', 'query'):
-        model = classifier_of(args, ds, device)
-        model = nets.MeanTeacher(model) if args.method == 'query' else model
-        score(run, args, ds, load_weights(model, folder), device, seconds)
-    elif args.method in ('cluster', 'scan'):
-        model = classifier_of(args, ds, device)
-        score_clusters(run, args, ds, nets.MeanTeacher(model) if args.method == 'scan' else model, device, seconds)
-    elif 'net' in args:
-        finish(run, args, ds, load_model(folder, config, device), device, seconds)
+    if args.method in ('cluster', 'scan'):
+        score_clusters(run, args, ds, network_of(config, device), device, seconds)
     else:
-        finish(run, args, ds, None, device, seconds)
+        model = load_model(folder, config, device) if 'net' in args else None
+        (score if args.method in RECIPES else finish)(run, args, ds, model, device, seconds)
 
 
 def finish(run, args, ds, model, device, seconds):

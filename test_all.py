@@ -405,7 +405,7 @@ def test_every_training_flag_changes_what_is_trained():
     other = {'net': 'conv', 'width': 0.3, 'latent': 3, 'epochs': 2, 'lr': 0.01, 'weight_decay': 0.5, 'warmup': 3,
              'batch_size': {**dict.fromkeys(TRAINED, 8), 'classify': 2500},
              'schedule': {**dict.fromkeys(TRAINED, 'constant'), 'ae': 'cosine'},
-             'sam': 0.5, 'budget': 12, 'rounds': 1, 'round_epochs': 2, 'closing': 1, 'ema': 0.5, 'threshold': 0.1,
+             'sam': 0.5, 'budget': 12, 'rounds': 1, 'round_epochs': 2, 'closing': 1, 'ema': 0.05, 'threshold': 0.1,
              'audit': 0.5, 'clusters': 2, 'iterations': {'cluster': 1, 'scan': 1}, 'neighbours': {'scan': 3},
              'entropy': {'scan': 0.1}, 'heads': {'scan': 1},
              'noise': 0.3, 'beta': 3, 'likelihood': 'gaussian', 'tau': 1, 'crop': 0.9, 'rotate': 90, 'jitter': 0,
@@ -2184,9 +2184,8 @@ def test_validation_leaves_the_model_as_it_is_and_weighs_pictures_equally():
 
 
 def test_measuring_leaves_the_backbone_bit_identical():
-    args, _, _ = cli.parse(['--method', 'simclr', '--no-amp', '--width', '0.1'])
-    ds = data.load(home() / 'tiny.npz')
-    model = recipes.model_of(args, ds.shape, torch.device('cpu')).train()
+    args, ds = cli.parse(['--method', 'simclr', '--no-amp', '--width', '0.1'])[0], data.load(home() / 'tiny.npz')
+    model = recipes.network_of(runs.read_config(finished('simclr')), torch.device('cpu')).train()
     before, ids = runs.state_digest(model.state_dict()), data.split(120, 12, 0)
     encode, reconstruct = recipes.representation(args, model, ds.x_train, torch.device('cpu'))
     m = evaluate.measure(ds, *ids, encode, reconstruct)
