@@ -407,7 +407,7 @@ def test_every_training_flag_changes_what_is_trained():
              'pick': {'classify': 'coverage', 'query': 'random'}, 'head': 'mlp', 'mixup': 0, 'seed': 1, 'limit': 30,
              'val': dict.fromkeys(UNLABELLED, 1)}
     elsewhere = {'patience', 'min_delta', 'save_every', 'method', 'evaluate', 'compare', 'show_views', 'fetch',
-                 'search', 'over', 'data', 'name', 'resume', 'overwrite', 'device', 'encoder', 'until'}
+                 'search', 'over', 'data', 'dataset', 'name', 'resume', 'overwrite', 'device', 'encoder', 'until'}
     assert set(other) | elsewhere == set(flags()), 'a flag without a test'
     with folder() as cwd, only_training():
         x, y = pictures(45, 8, 8)
@@ -635,7 +635,7 @@ def test_download_lets_a_full_disk_be_an_error_of_its_own():
 
 def test_fashion_mnist_downloads_only_the_files_that_are_missing():
     names, asked = list(fetch.FASHION_MNIST), []
-    download = lambda urls, path, sha256, size: asked.append((os.path.basename(path), len(urls), size))
+    download = lambda urls, path, checksum, size: asked.append((os.path.basename(path), len(urls), size))
     with folder() as f, mock.patch.object(fetch, 'download', download):
         (f / names[0]).touch()
         fetch.fashion_mnist(str(f))
@@ -1457,7 +1457,7 @@ def test_effective_rank_and_active_units_of_known_spectra():
 def test_in_chunks_is_the_function_of_all_pictures_as_floats():
     x = torch.arange(250, dtype=torch.uint8).view(-1, 1, 1, 1)
     sizes = []
-    out = evaluate.in_chunks(lambda v: (sizes.append(len(v)), v.flatten(1) * 2)[1], x, 100)
+    out = evaluate.in_chunks(lambda v: (sizes.append(len(v)), v.flatten(1) * 2)[1], x, size=100)
     assert sizes == [100, 100, 50] and close(out.flatten(), np.arange(250) * 2 / 255)
 
 
