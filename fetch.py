@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.client
 import os
+import shutil
 import sys
 import tarfile
 import time
@@ -89,7 +90,7 @@ def unpack(path, folder, files):
                 if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and name in lacking:
                     if member.size > files[name]:
                         raise tarfile.TarError(f'{name} in it has {member.size:,} bytes, more than {files[name]:,}')
-                    write_member(tar.extractfile(member), member.size, os.path.join(folder, name))
+                    write_member(tar.extractfile(member), os.path.join(folder, name))
                     lacking.remove(name)
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, OverflowError) as e:
         raise ValueError(f'{path} can not be unpacked ({" ".join(str(e).split())}); remove it') from None
@@ -97,17 +98,13 @@ def unpack(path, folder, files):
         raise ValueError(f'{path} has no {", ".join(sorted(lacking))} in it; remove it')
 
 
-def write_member(source, size, path):
-    """Copies `size` bytes to `path`, which exists only afterwards."""
+def write_member(source, path):
+    """Copies a member of an archive to `path`, which exists only afterwards. tarfile raises where it is cut off."""
     try:
         with open(path + '.part', 'wb') as f:
-            while size and (chunk := source.read(min(size, 1 << 20))):
-                f.write(chunk)
-                size -= len(chunk)
+            shutil.copyfileobj(source, f, 1 << 20)
             f.flush()
             os.fsync(f.fileno())
-        if size:
-            raise EOFError(f'it ends {size:,} bytes before the end of {os.path.basename(path)}')
         os.replace(path + '.part', path)
     finally:
         if os.path.exists(path + '.part'):
