@@ -308,7 +308,7 @@ class Pictures:
 def free_memory(device):
     """Free bytes of a CUDA card, else those of the RAM, where Linux tells them; elsewhere a modest guess."""
     if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device.index)[0]          # of the current card without one
     try:
         with open('/proc/meminfo') as f:
             return next(int(line.split()[1]) << 10 for line in f if line.startswith('MemAvailable:'))

@@ -2611,6 +2611,8 @@ def test_pictures_are_held_if_they_fit_and_the_same_batches_come_either_way():
                 assert bool(gathered) == (p.whole is None)
     total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') else 1 << 50
     assert 0 < data.free_memory(torch.device('cpu')) <= total
+    with mock.patch.object(torch.cuda, 'mem_get_info', lambda index: (100 + index, 999)):
+        assert data.free_memory(torch.device('cuda:3')) == 103
 
 
 def test_the_next_batch_is_read_while_one_is_in_use_and_no_further():
