@@ -148,7 +148,8 @@ else:
              'and, optionally, y_train, x_test, y_test', type=path, metavar='PATH')
         flag(g, '--dataset', 'instead of --data: fashion-mnist, stl10 or cifar10, sought in data/ and downloaded if it '
              'is not there (default: fashion-mnist)', type=choice('fashion-mnist', 'stl10', 'cifar10'), metavar='NAME')
-        flag(g, '--limit', 'use only the first N training pictures; those with labels come first', type=number(int, 20, 10**9), metavar='N')
+        flag(g, '--limit', 'use only the first N training pictures; those with labels come first',
+             type=number(int, 20, 10**9), metavar='N')
         flag(g, '--val', 'training pictures kept for validation, a tenth of all at most', type=count, metavar='N')
         flag(g, '--name', 'run folder under runs/ (default: the method and what differs from its defaults)')
         flag(g, '--resume', 'continue an unfinished run to the same result; a finished one is left alone',
