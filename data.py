@@ -1,8 +1,8 @@
-"""Files to tensors: IDX and .npz in, uint8 pictures (N, C, H, W) out; batches; augmentation.
+"""Files to tensors: IDX, .npz, STL-10, CIFAR-10 in, uint8 pictures (N, C, H, W) out; batches; augmentation.
 
-A data set lives whole on the device as bytes. A batch is a slice of a permutation that is a function of
-(seed, epoch), and every random draw is keyed by (seed, epoch, step): a run stopped anywhere and resumed
-sees exactly what it would have seen.
+A data set lives whole on the device as bytes if it fits there; else it is read batch by batch, to the same
+bits. A batch is a slice of a permutation that is a function of (seed, epoch), and every random draw is keyed
+by (seed, epoch, step): a run stopped anywhere and resumed sees exactly what it would have seen.
 """
 import gzip
 import hashlib
@@ -10,7 +10,8 @@ import math
 import random
 import zipfile
 import zlib
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import fetch
+import formats
 
 IDX_TYPES = {0x08: '>u1', 0x09: '>i1', 0x0B: '>i2', 0x0C: '>i4', 0x0D: '>f4', 0x0E: '>f8'}
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')      # where Debian's dataset-fashion-mnist installs
@@ -26,6 +28,7 @@ IDX_NAMES = {'x_train': 'train-images-idx3-ubyte', 'y_train': 'train-labels-idx1
 FASHION_CLASSES = ['T-shirt', 'trouser', 'pullover', 'dress', 'coat',
                    'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot']
 MAX_BYTES = 64 << 30                                    # a header that asks for more is a broken header
+HELD = None                                             # bytes of pictures the device may hold; None: half of its free
 
 
 # ---------------------------------------------------------------------------------------------- IDX
@@ -91,37 +94,62 @@ def write_idx(path, array):
 
 @dataclass
 class Dataset:
-    """Pictures (N, C, H, W) uint8 and labels (N,) int64 on the CPU; what a data set lacks is None."""
+    """Pictures (N, C, H, W) uint8 and labels (N,) int64 on the CPU; what a data set lacks is None.
+
+    The pictures may be memory-mapped: x[ids] and x[a:b] are tensors, x itself may be a formats.Mapped.
+    """
     name: str
-    x_train: torch.Tensor
-    y_train: torch.Tensor | None
-    x_test: torch.Tensor | None
+    x_train: torch.Tensor | formats.Mapped
+    y_train: torch.Tensor | None                       # -1 where a picture has no label
+    x_test: torch.Tensor | formats.Mapped | None
     y_test: torch.Tensor | None
     classes: list
     digest: str                                        # SHA-256 of all pictures; labels don't count
+    folds: list = field(default_factory=list)          # predefined subsets of the training pictures, as ids
 
     @property
     def shape(self):
         return tuple(self.x_train.shape[1:])
 
+    def labelled(self, ids=None):
+        """Those of the ids, by default all, of training pictures that have a label."""
+        ids = torch.arange(len(self.x_train)) if ids is None else ids
+        return ids[self.y_train[ids] >= 0] if self.y_train is not None else ids[:0]
 
-def load(source=None, limit=None):
-    """Data set in `source`: a folder of IDX files, an .npz, or None for Fashion-MNIST wherever it is.
 
-    limit keeps only the first so many training pictures.
+def load(source=None, limit=None, dataset=None):
+    """Data set in `source`: an .npz or a folder of IDX files or of STL-10's or CIFAR-10's. None: the one named
+    `dataset`, by default Fashion-MNIST, wherever it is.
+
+    limit keeps only the first so many training pictures; those with labels come first.
     """
-    name, classes = ('fashion-mnist', FASHION_CLASSES) if source is None else (Path(source).stem, None)
-    source = Path(find_fashion_mnist() if source is None else source)
+    dataset = dataset or 'fashion-mnist'
+    name = dataset if source is None else Path(source).stem
+    classes = FASHION_CLASSES if source is None and dataset == 'fashion-mnist' else None
+    source = Path(find(dataset) if source is None else source)
     if source.is_dir():
         arrays = _read_folder(source)
     elif source.is_file():
         arrays = _read_npz(source)
     else:
-        raise ValueError(f'--data {source} does not exist; wanted a folder of IDX files or an .npz file')
+        raise ValueError(f'--data {source} does not exist; wanted a folder of IDX or binary files or an .npz file')
     for key in ('x_train', 'y_train'):
         if key in arrays and arrays[key].ndim:
-            arrays[key] = arrays[key][:limit]
+            mapped = isinstance(arrays[key], formats.Mapped)
+            arrays[key] = arrays[key].first(limit) if mapped else arrays[key][:limit]
     return _dataset(name, arrays, classes)
+
+
+def find(dataset):
+    """Folder that holds the files of fashion-mnist, stl10 or cifar10: one in data/, else they are downloaded."""
+    if dataset == 'fashion-mnist':
+        return find_fashion_mnist()
+    archive = fetch.ARCHIVES[dataset]
+    for folder in (Path('data') / dataset, Path('data') / archive.folder):
+        if all((folder / name).is_file() for name in archive.files):
+            return folder
+    fetch.unpacked(archive, f'data/{dataset}')
+    return Path('data') / dataset
 
 
 def find_fashion_mnist():
@@ -139,9 +167,12 @@ def _idx_file(folder, name):
 
 
 def _read_folder(folder):
+    if (arrays := formats.read(folder)) is not None:
+        return arrays
     files = {key: _idx_file(folder, name) for key, name in IDX_NAMES.items()}
     if files['x_train'] is None:
-        raise ValueError(f'{folder} has no {IDX_NAMES["x_train"]} or {IDX_NAMES["x_train"]}.gz')
+        raise ValueError(f'{folder} has no {IDX_NAMES["x_train"]} or {IDX_NAMES["x_train"]}.gz, and no binary files '
+                         'of STL-10 or CIFAR-10')
     return {key: read_idx(path) for key, path in files.items() if path}
 
 
@@ -174,33 +205,37 @@ def _dataset(name, arrays, classes=None):
         if x_test.shape[1:] != x_train.shape[1:]:
             raise ValueError(f'{name}: test pictures are {tuple(x_test.shape[1:])}, '
                              f'training pictures {tuple(x_train.shape[1:])}; wanted the same shape')
+    classes = classes or arrays.get('classes')
     if classes is None:
         top = max([int(y.max()) + 1 for y in (y_train, y_test) if y is not None], default=0)
         classes = [str(k) for k in range(top)]
     sha = hashlib.sha256()
     for t in (x_train, x_test):
         sha.update(b'none' if t is None else str(tuple(t.shape)).encode())
-        sha.update(b'' if t is None else t.numpy())
-    return Dataset(name, x_train, y_train, x_test, y_test, classes, sha.hexdigest())
+        for start in range(0, 0 if t is None else len(t), 1000):               # never all of a memory map at once
+            sha.update(t[start:start + 1000].numpy())
+    folds = [ids[ids < len(x_train)] for ids in arrays.get('folds', ())]
+    return Dataset(name, x_train, y_train, x_test, y_test, classes, sha.hexdigest(), folds)
 
 
 def _pictures(what, x, least):
     """(N, H, W) or (N, H, W, C) uint8 -> (N, C, H, W) uint8 tensor, or a ValueError that says why not."""
     wanted = 'wanted uint8 of shape (N, H, W) or (N, H, W, C), C 1 or 3, H and W at least 8'
-    if x.dtype != np.uint8:
+    mapped = isinstance(x, formats.Mapped)               # formats has looked at its own
+    if not mapped and x.dtype != np.uint8:
         raise ValueError(f'{what} is {x.dtype}; {wanted}')
     if x.ndim == 3:
         x = x[..., None]
-    if x.ndim != 4 or x.shape[3] not in (1, 3) or min(x.shape[1:3]) < 8:
+    if not mapped and (x.ndim != 4 or x.shape[3] not in (1, 3) or min(x.shape[1:3]) < 8):
         raise ValueError(f'{what} has shape {x.shape}; {wanted}')
     if len(x) < least:
         raise ValueError(f'{what} holds {len(x)} pictures; wanted at least {least}')
-    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+    return x if mapped else torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
 def _labels(what, y, n):
-    if y is None:
-        return None
+    if y is None or isinstance(y, torch.Tensor):         # formats has looked at its own
+        return y
     if y.shape != (n,) or y.dtype.kind not in 'iu':
         raise ValueError(f'{what} is {y.dtype} of shape {y.shape}; wanted integers of shape ({n},)')
     if y.min() < 0 or y.max() > 9999:
@@ -234,6 +269,51 @@ def batches(n, batch_size, seed, epoch, start=0, device='cpu'):
 def steps_per_epoch(n, batch_size):
     """Batches of one pass; their sizes differ by at most one, and none is 1, which BatchNorm can't take."""
     return max(1, min(math.ceil(n / batch_size), n // 2))
+
+
+class Pictures:
+    """Rows `ids` (None: all) of pictures x on the CPU, for training on the device: whole there if they fit, else read
+    from x batch by batch, the next one while the last one is in use. Either way the batches are the same."""
+
+    def __init__(self, x, device, ids=None):
+        self.x, self.ids, self.device, self.whole = x, torch.arange(len(x)) if ids is None else ids, device, None
+        self.shape = (len(self.ids), *x.shape[1:])
+        if math.prod(self.shape) <= (free_memory(device) // 2 if HELD is None else HELD):
+            self.whole = torch.empty(self.shape, dtype=torch.uint8, device=device)
+            for to, part in zip(self.whole.split(1000), self.ids.split(1000)):
+                to.copy_(x[part])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def read(self, steps):
+        """For each (step, ids on the device) of an iterable: (step, ids, those pictures on the device)."""
+        if self.whole is not None:
+            yield from ((step, ids, self.whole[ids]) for step, ids in steps)
+            return
+        steps = [(step, ids, self.ids[ids.cpu()]) for step, ids in steps]
+        with ThreadPoolExecutor(1) as reader:
+            coming = [reader.submit(self._gather, where) for _, _, where in steps[:1]]
+            for (step, ids, _), after in zip(steps, [*steps[1:], None]):
+                rows = coming.pop().result()
+                if after:
+                    coming.append(reader.submit(self._gather, after[2]))
+                yield step, ids, rows.to(self.device, non_blocking=True)
+
+    def _gather(self, where):
+        rows = self.x[where]
+        return rows.pin_memory() if self.device.type == 'cuda' else rows
+
+
+def free_memory(device):
+    """Free bytes of a CUDA card, else those of the RAM, where Linux tells them; elsewhere a modest guess."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device.index)[0]          # of the current card without one
+    try:
+        with open('/proc/meminfo') as f:
+            return next(int(line.split()[1]) << 10 for line in f if line.startswith('MemAvailable:'))
+    except (OSError, StopIteration):
+        return 8 << 30
 
 
 def to_float(x):

@@ -16,9 +16,13 @@ CHUNK = 1 << 24                                     # floats in the largest temp
 
 
 @torch.no_grad()
-def in_chunks(f, x, size=1000):
-    """torch.cat of f over slices of uint8 pictures x, given to f as float 0..1."""
-    return torch.cat([f(data.to_float(part)) for part in x.split(size)])
+def in_chunks(f, x, size=None, ids=None, device=None):
+    """torch.cat of f over the rows `ids` (None: all) of uint8 pictures x, given to f as float 0..1 on the device
+    (None: where they are), `size` at once: by default 1000, fewer where pictures are large."""
+    size = size or min(1000, 1 + (1 << 22) // math.prod(x.shape[1:]))
+    ids = torch.arange(len(x)) if ids is None else ids
+    parts = (x[part] for part in ids.split(size))
+    return torch.cat([f(data.to_float(part if device is None else part.to(device))) for part in parts])
 
 
 # ---------------------------------------------------------------------------------- image quality
@@ -56,12 +60,12 @@ def psnr(x, y, data_range=1.0):
     return 10 * torch.log10(data_range ** 2 / (x.float() - y.float()).square().flatten(1).mean(1))
 
 
-def reconstruction(reconstruct, x):
-    """{'mse', 'ssim', 'psnr'}: means over uint8 pictures x of reconstruct(x) against x."""
+def reconstruction(reconstruct, x, ids=None, device=None):
+    """{'mse', 'ssim', 'psnr'}: means over uint8 pictures x (or its rows ids) of reconstruct(x) against x."""
     def measure(v):
         r = reconstruct(v)
         return torch.stack([(r - v).square().flatten(1).mean(1), ssim(r, v), psnr(r, v)], 1)
-    return dict(zip(('mse', 'ssim', 'psnr'), in_chunks(measure, x).mean(0).tolist()))
+    return dict(zip(('mse', 'ssim', 'psnr'), in_chunks(measure, x, ids=ids, device=device).mean(0).tolist()))
 
 
 # ---------------------------------------------------------------------------------------- k-means
@@ -262,14 +266,17 @@ def logistic_regression(x, y, K, l2, iterations=200):
 # ----------------------------------------------------------------------------- PCA and health
 
 class PCA:
-    """Principal components of x (N, D): encode to (N, k), decode back. Exact, through the covariance."""
+    """Principal components of x (N, D): encode to (N, k), decode back. Exact."""
 
     def __init__(self, x, k):
         if k > x.shape[1]:
             raise ValueError(f'PCA was asked for {k} components of {x.shape[1]} pixels; wanted as many or fewer')
         self.mean = x.mean(0)
-        cov = (x - self.mean).T @ (x - self.mean) / len(x)
-        vectors = torch.linalg.eigh(cov.cpu()).eigenvectors                  # few devices have it
+        if k < len(x) < x.shape[1] // 4:                                     # large pictures: no (D, D) matrix
+            vectors = torch.linalg.svd((x - self.mean).cpu(), full_matrices=False).Vh.T.flip(1)
+        else:
+            cov = (x - self.mean).T @ (x - self.mean) / len(x)
+            vectors = torch.linalg.eigh(cov.cpu()).eigenvectors              # few devices have it
         self.components = vectors[:, -k:].flip(1).to(x.device)               # (D, k), largest first
 
     def encode(self, x):
@@ -310,26 +317,27 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_shar
     labels, NMI, ARI and purity need no mapping.
     """
     use_test = ds.x_test is not None and (ds.y_test is not None or ds.y_train is None)
-    x, y = (ds.x_test, ds.y_test) if use_test else (ds.x_train[val_ids], _take(ds.y_train, val_ids))
-    x = x.to(device)
-    out = {'split': 'test' if use_test else 'validation', 'n': len(x), 'left_out': []}
+    x, y = (ds.x_test, ds.y_test) if use_test else (ds.x_train, ds.y_train)
+    ids = torch.arange(len(x)) if use_test else val_ids if y is None else ds.labelled(val_ids)
+    out = {'split': 'test' if use_test else 'validation', 'n': len(ids), 'left_out': []}
     if reconstruct:
-        out.update(reconstruction(reconstruct, x))
-    h, h_train, h_val = (in_chunks(encode, v.to(device)).float() for v in
-                         (x, ds.x_train[train_ids], ds.x_train[val_ids]))
+        out.update(reconstruction(reconstruct, x, ids, device))
+    h, h_train = (in_chunks(encode, v, ids=of, device=device).float() for v, of in ((x, ids), (ds.x_train, train_ids)))
     out.update(features=h.shape[1], effective_rank=effective_rank(h),
                feature_std=h.std(0, unbiased=False).mean().item())
     if y is None:
         return {**out, 'left_out': ['knn', 'probe', 'kmeans']}
-    y, K = y.to(device), len(ds.classes)
+    y, K = y[ids].to(device), len(ds.classes)
     index, centres, _ = kmeans(F.normalize(h_train, dim=1), min(K, len(h_train)), restarts=5, seed=seed)
     pred = nearest(F.normalize(h, dim=1), centres)[0]
     out.update(clusters=len(centres), kmeans_nmi=nmi(pred, y), kmeans_ari=ari(pred, y), kmeans_purity=purity(pred, y))
     if ds.y_train is None:
         return {**out, 'kmeans_acc': hungarian_accuracy(pred, y)[0], 'kmeans_mapping': out['split'],
                 'left_out': ['knn', 'probe']}
-    y_train, y_val = ds.y_train[train_ids].to(device), ds.y_train[val_ids].to(device)
-    mapping = hungarian_accuracy(index, y_train)[1]
+    known, val_ids = (ds.y_train[train_ids] >= 0).to(device), ds.labelled(val_ids)
+    h_train, h_val = h_train[known], in_chunks(encode, ds.x_train, ids=val_ids, device=device).float()
+    y_train, y_val = ds.y_train[train_ids].to(device)[known], ds.y_train[val_ids].to(device)
+    mapping = hungarian_accuracy(index[known], y_train)[1]
     mapped = torch.tensor([mapping.get(i, -1) for i in range(len(centres))], device=device)[pred]
     out.update(kmeans_acc=(mapped == y).float().mean().item(), kmeans_mapping='train')
     bank = (h_train, y_train) if not use_test else (torch.cat([h_train, h_val]), torch.cat([y_train, y_val]))
@@ -353,7 +361,7 @@ def measure_classifier(ds, logits, device='cpu'):
     """Accuracy, F1 and confusion of logits(x) on the test set, as a dict for metrics.json; read once."""
     if ds.x_test is None or ds.y_test is None:
         return {'left_out': ['accuracy: there is no labelled test set']}
-    pred, y = in_chunks(logits, ds.x_test.to(device)).argmax(1), ds.y_test.to(device)
+    pred, y = in_chunks(logits, ds.x_test, device=device).argmax(1), ds.y_test.to(device)
     return {'split': 'test', 'n': len(y), 'left_out': [], 'accuracy': (pred == y).float().mean().item(),
             **by_class(pred, y, len(ds.classes))}
 
@@ -366,17 +374,21 @@ def measure_clusters(ds, probs, pred_train, device='cpu'):
     ACC and F1 name each cluster by Hungarian matching on the training labels (on the scored ones if there are no
     others); pictures in clusters left unmatched count as wrong.
     """
-    K, pred, y = probs(data.to_float(ds.x_train[:2].to(device))).shape[1], pred_train.cpu(), ds.y_train
+    K, pred, y, by = probs(data.to_float(ds.x_train[:2].to(device))).shape[1], pred_train.cpu(), None, 'test'
+    if ds.y_train is not None:
+        known, by = ds.labelled(), 'training'
+        pred, y = pred[known], ds.y_train[known]
+        name = hungarian_accuracy(pred, y)[1]
     use_test = ds.x_test is not None and (ds.y_test is not None or y is None)
     if use_test:
-        pred, y = in_chunks(probs, ds.x_test.to(device)).argmax(1).cpu(), ds.y_test
+        pred, y = in_chunks(probs, ds.x_test, device=device).argmax(1).cpu(), ds.y_test
     sizes = torch.bincount(pred, minlength=K)
     out = {'split': 'test' if use_test else 'training', 'n': len(pred), 'clusters': K, 'left_out': [],
            'live_clusters': int((sizes > 0).sum()), 'sizes': sizes.tolist()}
     if y is None:
         return {**out, 'left_out': ['ACC, NMI, ARI, purity: there are no labels']}
-    by = 'test' if ds.y_train is None else 'training'
-    name = hungarian_accuracy(pred, y)[1] if ds.y_train is None else hungarian_accuracy(pred_train, ds.y_train)[1]
+    if by == 'test':
+        name = hungarian_accuracy(pred, y)[1]
     named = torch.tensor([name.get(c, -1) for c in range(K)])[pred]
     classes = len(ds.classes)
     table = confusion_matrix(named[named >= 0], y[named >= 0], classes)
@@ -384,7 +396,3 @@ def measure_clusters(ds, probs, pred_train, device='cpu'):
     both = 2 * table.diagonal() / np.maximum(table.sum(0) + table.sum(1) + missed, 1)
     return {**out, 'acc': (named == y).float().mean().item(), 'mapping': by, 'nmi': nmi(pred, y), 'ari': ari(pred, y),
             'purity': purity(pred, y), 'f1': both.tolist(), 'confusion': table.tolist()}
-
-
-def _take(y, ids):
-    return None if y is None else y[ids]

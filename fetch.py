@@ -1,14 +1,19 @@
-"""Downloads over HTTPS, with mirrors, resume and pinned digests; and where Fashion-MNIST's files are.
+"""Downloads over HTTPS, with mirrors, resume and pinned digests; archives unpacked; and where data sets are.
 
 Standard library only. Every connection goes through `open_url`, which the tests replace.
 """
+import gzip
 import hashlib
 import http.client
 import os
+import shutil
 import sys
+import tarfile
 import time
 import urllib.error
 import urllib.request
+import zlib
+from collections import namedtuple
 from contextlib import closing
 from urllib.parse import urlsplit
 
@@ -33,6 +38,20 @@ FASHION_MNIST = {
     't10k-labels-idx1-ubyte.gz':
         ('67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5', 5148),
 }
+TEXT = 1 << 20        # bytes, more than any of the text files in an archive has
+# An archive: folder that it makes by itself, files {name: most bytes}. Of these two no SHA-256 is published, and
+# none of ours could be vouched for; an MD5 finds damage and a wrong file, if not a forgery by the authors themselves.
+Archive = namedtuple('Archive', 'url md5 size folder files')
+ARCHIVES = {
+    'stl10': Archive('https://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz',
+                     '91f7769df0f17e558f3565bffb0c7dfb', 2640397119, 'stl10_binary',
+                     {'train_X.bin': 5000 * 27648, 'train_y.bin': 5000, 'test_X.bin': 8000 * 27648, 'test_y.bin': 8000,
+                      'unlabeled_X.bin': 100000 * 27648, 'class_names.txt': TEXT, 'fold_indices.txt': TEXT}),
+    'cifar10': Archive('https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
+                       'c32a1d4ab5d03f1284b67883e8d87530', 170052171, 'cifar-10-batches-bin',
+                       {**{f'data_batch_{i}.bin': 10000 * 3073 for i in range(1, 6)}, 'test_batch.bin': 10000 * 3073,
+                        'batches.meta.txt': TEXT}),
+}
 
 
 class MirrorFailed(Exception):
@@ -48,8 +67,65 @@ def fashion_mnist(folder):
             download([mirror + name for mirror in FASHION_MIRRORS], path, sha256, size)
 
 
-def download(urls, path, sha256, size):
-    """Writes to `path` the file of `size` bytes with this SHA-256 (hex) from the first of `urls` that has it.
+def unpacked(archive, folder):
+    """Downloads an archive into `folder`, unless it lies there, unpacks it and removes it. Raises as `download`
+    and `unpack` do."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, os.path.basename(archive.url))
+    if size_of(path) != archive.size or digest(path, archive.md5) != archive.md5:
+        download([archive.url], path, archive.md5, archive.size)
+    unpack(path, folder, archive.files)
+    os.remove(path)
+
+
+def unpack(path, folder, files):
+    """Writes into `folder` the plain files of a .tar.gz whose base names are in `files`, {name: most bytes}; all
+    else in it, links, devices and folders, is passed over. A file has its name only once it is whole. Raises
+    ValueError, one sentence, for an archive that is damaged, too large or without one of the files; OSError."""
+    lacking = set(files)
+    try:
+        with gzip.open(path) as content, tarfile.open(fileobj=Bounded(content, sum(files.values())), mode='r|') as tar:
+            for member in tar:
+                name = member.name.rpartition('/')[2]
+                if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and name in lacking:
+                    if member.size > files[name]:
+                        raise tarfile.TarError(f'{name} in it has {member.size:,} bytes, more than {files[name]:,}')
+                    write_member(tar.extractfile(member), os.path.join(folder, name))
+                    lacking.remove(name)
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, OverflowError) as e:
+        raise ValueError(f'{path} can not be unpacked ({" ".join(str(e).split())}); remove it') from None
+    if lacking:
+        raise ValueError(f'{path} has no {", ".join(sorted(lacking))} in it; remove it')
+
+
+def write_member(source, path):
+    """Copies a member of an archive to `path`, which exists only afterwards. tarfile raises where it is cut off."""
+    try:
+        with open(path + '.part', 'wb') as f:
+            shutil.copyfileobj(source, f, 1 << 20)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + '.part', path)
+    finally:
+        if os.path.exists(path + '.part'):
+            os.remove(path + '.part')
+
+
+class Bounded:
+    """A stream that refuses to give much more than `most` bytes, which is all that an honest archive unpacks to."""
+
+    def __init__(self, stream, most):
+        self.stream, self.left = stream, most + TEXT
+
+    def read(self, n):
+        self.left -= n
+        if self.left < 0:
+            raise tarfile.TarError('it unpacks to more than it should')
+        return self.stream.read(n)
+
+
+def download(urls, path, checksum, size):
+    """Writes to `path` the file of `size` bytes with this SHA-256 or MD5 (hex) from the first of `urls` that has it.
 
     A part that a broken download left in `<path>.part` is continued. Raises ConnectionError (one sentence)
     when every mirror failed, OSError when the file can't be written, ValueError for a URL that isn't https.
@@ -60,26 +136,26 @@ def download(urls, path, sha256, size):
             raise ValueError(f'{url} is not an https URL, and nothing else is downloaded from')
     for url in urls:
         try:
-            complete(url, part, sha256, size)
+            complete(url, part, checksum, size)
             return os.replace(part, path)
         except MirrorFailed as e:
             failures.append(f'{urlsplit(url).hostname} ({e})')
     raise ConnectionError(f'{os.path.basename(path)} could not be downloaded: {", ".join(failures)}')
 
 
-def complete(url, part, sha256, size):
+def complete(url, part, checksum, size):
     """Makes `part` the whole, verified file, safe on disk. Raises MirrorFailed; OSError as writing does."""
     first = size_of(part)
     if first > size:
         os.remove(part)
     if first != size:
         first = receive(url, part, size)
-    if digest(part) == sha256:
+    if digest(part, checksum) == checksum:
         return
     os.remove(part)
     if not first:
-        raise MirrorFailed('wrong SHA-256')
-    complete(url, part, sha256, size)   # the old part may be what was wrong: this mirror again, from zero
+        raise MirrorFailed('wrong SHA-256' if len(checksum) == 64 else 'wrong MD5')
+    complete(url, part, checksum, size)   # the old part may be what was wrong: this mirror again, from zero
 
 
 def receive(url, part, size):
@@ -153,10 +229,10 @@ def size_of(path):
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
-def digest(path):
-    """SHA-256 (hex) of the whole file, which is on disk (fsync) afterwards."""
+def digest(path, like):
+    """SHA-256 (hex) of the whole file, or its MD5 if `like` is one; the file is on disk (fsync) afterwards."""
     with open(path, 'rb+') as f:
-        sha = hashlib.sha256()
+        sha = hashlib.sha256() if len(like) == 64 else hashlib.md5(usedforsecurity=False)
         while chunk := f.read(1 << 20):
             sha.update(chunk)
         os.fsync(f.fileno())

@@ -74,6 +74,8 @@ class LabelDatabase:
                              f'{self.budget} are spent')
         now = datetime.now(timezone.utc).isoformat(timespec='seconds')
         answers = [int(v) for v in self.oracle(new)] if new else []
+        if min(answers, default=0) < 0:
+            raise ValueError(f'picture {new[answers.index(min(answers))]} has no label to reveal')
         believed = dict(zip(ids, beliefs or [(None,) * 4] * len(ids)))
         self.db.execute('BEGIN IMMEDIATE')
         try:

@@ -28,7 +28,8 @@ def main(args, typed, defaults):
     """Do what the arguments ask for; returns the exit code. ValueError or OSError for what a user can mend."""
     try:
         if 'fetch' in typed:
-            print(f'Fashion-MNIST is in {data.find_fashion_mnist()}')
+            name = args.dataset or 'fashion-mnist'
+            print(f'{name} is in {data.find(name)}')
         elif 'compare' in typed:
             folders = args.compare or sorted(p.parent for p in Path('runs').glob('*/metrics.json'))
             print(report.compare(folders) if folders else 'runs/ holds no finished run yet')
@@ -63,8 +64,8 @@ def run_method(args, typed, trial=None):
     folder = Path('runs') / args.name
     if args.resume and (folder / 'config.json').exists():                  # its data, unless other was typed
         before = runs.read_config(folder)['args']
-        args.data, args.limit = (typed.get(key, before.get(key)) for key in ('data', 'limit'))
-    ds = data.load(args.data, args.limit)
+        args.data, args.dataset, args.limit = (typed.get(k, before.get(k)) for k in ('data', 'dataset', 'limit'))
+    ds = load(args)
     if getattr(args, 'amp', False) is None:
         args.amp = args.net != 'fc' and train.amp_by_default(device)
     config = runs.describe(vars(args), ds, device)
@@ -85,6 +86,11 @@ def run_method(args, typed, trial=None):
     distributed.stop()
 
 
+def load(args):
+    """The data set of the flags, or of a run's config.json, which may be older than the flag."""
+    return data.load(args.data, args.limit, getattr(args, 'dataset', None))
+
+
 def represent(run, args, ds, device, trial=None):
     """Learn a representation from pictures alone, then measure it."""
     train_ids, val_ids = data.split(len(ds.x_train), args.val, args.seed)
@@ -95,7 +101,7 @@ def represent(run, args, ds, device, trial=None):
         if trial:
             encode = representation(args, model, None, device)[0]
             check = trial.scored(check, partial(neighbours, ds, train_ids, val_ids, encode, model, device))
-        seconds = train_model(run, args, model, objective, ds.x_train[train_ids].to(device), check=check,
+        seconds = train_model(run, args, model, objective, data.Pictures(ds.x_train, device, train_ids), check=check,
                               plan=trial and partial(trial.plan, args.epochs))
     if trial:
         trial.complete(run, seconds)
@@ -106,7 +112,8 @@ def represent(run, args, ds, device, trial=None):
 def neighbours(ds, train_ids, val_ids, encode, model, device):
     """Accuracy of kNN on the validation pictures: what --search goes by where losses can't be compared."""
     model.eval()
-    h, h_val = (evaluate.in_chunks(encode, ds.x_train[ids].to(device)) for ids in (train_ids, val_ids))
+    train_ids, val_ids = ds.labelled(train_ids), ds.labelled(val_ids)
+    h, h_val = (evaluate.in_chunks(encode, ds.x_train, ids=ids, device=device) for ids in (train_ids, val_ids))
     return (evaluate.knn(h, ds.y_train[train_ids].to(device), h_val).cpu() == ds.y_train[val_ids]).float().mean().item()
 
 
@@ -114,12 +121,13 @@ def classify(run, args, ds, device, trial=None):
     """Pay for labels, learn a classifier from those pictures alone, and score it on the test set."""
     if ds.y_train is None:
         raise ValueError('--method classify needs labels, and the data has no y_train')
-    n = round(args.labels * len(ds.x_train)) if args.labels < 1 else int(args.labels)
+    most = len(ds.labelled())
+    n = round(args.labels * most) if args.labels < 1 else int(args.labels)
     if args.labels > 1 and n != args.labels:
         raise ValueError(f'--labels {args.labels:g} is neither a whole number nor a share below 1')
-    if not len(ds.classes) <= n <= len(ds.x_train):
+    if not len(ds.classes) <= n <= most:
         raise ValueError(f'--labels {args.labels:g} asks for {n:,} labels; wanted from {len(ds.classes)}, the '
-                         f'number of classes, to {len(ds.x_train):,}, the number of pictures')
+                         f'number of classes, to {most:,}, the number of pictures that have one')
     model = beginning(run, args, device)
     if distributed.rank() == 0:
         oracle = ds.y_train.__getitem__
@@ -128,17 +136,18 @@ def classify(run, args, ds, device, trial=None):
             paid.reveal(pick(args, ds, model, n, device))
         chosen = paid.revealed()
     ids, y = distributed.from_first(chosen if distributed.rank() == 0 else None)
-    x, y = ds.x_train[ids].to(device), y.to(device)
+    x, y = ds.x_train[ids], y.to(device)
     more = {}
     if trial:                                                          # a fifth of what was paid for judges
         x_val, y_val, x, y = x[:n // 5], y[:n // 5], x[n // 5:], y[n // 5:]
         predict = representation(args, model, None, device, model.forward)[0]
         def accuracy():
             model.eval()
-            return (evaluate.in_chunks(predict, x_val).argmax(1) == y_val).float().mean().item()
+            return (evaluate.in_chunks(predict, x_val, device=device).argmax(1) == y_val).float().mean().item()
         more = {'check': trial.scored(None, accuracy), 'plan': partial(trial.plan, args.epochs)}
     repeat = -(-6000 // len(x))                                        # an epoch is 6,000 pictures or more
-    seconds = train_model(run, args, model, objective_of(args), x.repeat(repeat, 1, 1, 1), y=y.repeat(repeat), **more)
+    x = data.Pictures(x, device, torch.arange(len(x)).repeat(repeat))
+    seconds = train_model(run, args, model, objective_of(args), x, y=y.repeat(repeat), **more)
     if trial:
         trial.complete(run, seconds)
     elif distributed.rank() == 0:
@@ -150,9 +159,9 @@ def query(run, args, ds, device, trial=None):
     say most, until the budget is spent or the accuracy reached; then close, and score on the test set."""
     if ds.y_train is None:
         raise ValueError('--method query needs labels to reveal, and the data has no y_train')
-    if not len(ds.classes) <= args.budget <= len(ds.x_train):
+    if not len(ds.classes) <= args.budget <= len(ds.labelled()):
         raise ValueError(f'--budget {args.budget:,} is out of range; wanted from {len(ds.classes)}, the number of '
-                         f'classes, to {len(ds.x_train):,}, the number of pictures')
+                         f'classes, to {len(ds.labelled()):,}, the number of pictures that have a label')
     if args.until is not None and not args.audit and args.pick != 'random':
         raise ValueError('--until goes by an estimate, which needs some queries drawn at random: --audit above 0')
     if args.rounds > args.budget:
@@ -161,7 +170,7 @@ def query(run, args, ds, device, trial=None):
     asking = Asking(run, args, ds, model, device)
     objective = partial(objective_of(args), labelled=lambda: asking.labelled)
     check = trial.scored(None, asking.estimate) if trial else None
-    seconds = train_model(run, args, model, objective, asking.x, check=check, plan=asking.plan,
+    seconds = train_model(run, args, model, objective, data.Pictures(ds.x_train, device), check=check, plan=asking.plan,
                           after_step=partial(model.follow, args.ema))
     if trial:
         trial.complete(run, seconds)
@@ -176,7 +185,7 @@ class Asking:
 
     def __init__(self, run, args, ds, model, device):
         self.args, self.ds, self.model, self.device, self.run = args, ds, model, device, run
-        self.x, self.labelled = ds.x_train.to(device), None
+        self.pool, self.labelled = ds.labelled(), None                     # whom can be asked about
         self.encode = representation(args, model, None, device)[0]
         if distributed.rank() == 0:
             self.paid = labels.LabelDatabase(run.folder / 'labels.sqlite', ds.y_train.__getitem__, args.budget,
@@ -195,7 +204,7 @@ class Asking:
             last = ended[0] if ended else self.args.rounds
             answer = *self.paid.revealed(up_to=now), last * self.args.round_epochs + self.args.closing
         ids, y, epochs = distributed.from_first(answer)
-        self.labelled = self.x[ids.to(self.device)], y.to(self.device)
+        self.labelled = self.ds.x_train[ids].to(self.device), y.to(self.device)
         return epochs
 
     def estimate(self):
@@ -203,15 +212,17 @@ class Asking:
         return max((r, estimate or 0.0) for r, (_, estimate) in self.paid.rounds().items())[1]
 
     def ask(self, now, epoch, seconds):
-        """One round: predict all pictures, estimate the accuracy, choose whom to ask about, pay, say so."""
+        """One round: predict all pictures that have a label, estimate the accuracy, choose whom to ask about, pay,
+        say so. The ids in it are places in the pool of those pictures."""
         args, beliefs, estimate = self.args, None, None
         n = args.budget * (now + 1) // args.rounds - self.paid.spent if now < args.rounds else 0
-        known, y = (t.to(self.device) for t in self.paid.revealed())
+        known, y = self.paid.revealed()
+        known, y = torch.searchsorted(self.pool, known).to(self.device), y.to(self.device)
         audits = math.ceil(args.audit * n) if now else 0
-        h = evaluate.in_chunks(self.encode, self.x)
+        h = evaluate.in_chunks(self.encode, self.ds.x_train, ids=self.pool, device=self.device)
         probs, h = self.model.teacher.head(h).softmax(1).detach(), F.normalize(h, dim=1)
         if now:
-            order = labels.pick_random(len(self.x), len(self.x), f'{args.seed} round {now}').to(self.device)
+            order = labels.pick_random(len(h), len(h), f'{args.seed} round {now}').to(self.device)
             drawn = order[~torch.isin(order, known)][:n if args.pick == 'random' else audits]
             ids, agreed = labels.pick_informative(n - len(drawn), probs, h, torch.cat([known, drawn]), known, y,
                                                   f'{args.seed} round {now}')
@@ -223,11 +234,13 @@ class Asking:
             beliefs = [(*belief, int(i < len(drawn))) for i, belief in enumerate(
                 zip(guess.tolist(), sure.tolist(), agreed[ids].int().tolist()))]
         elif args.pick == 'random':
-            ids = labels.pick_random(n, len(self.x), args.seed)
+            ids = labels.pick_random(n, len(h), args.seed)
         else:
-            look = h if args.encoder else F.normalize(data.to_float(self.x).flatten(1), dim=1)   # untrained says less
-            ids = labels.pick_coverage(n, look, args.seed)
-        got = self.paid.reveal(ids, now, beliefs, estimate)
+            if not args.encoder:                                           # untrained features say less than pixels
+                h = evaluate.in_chunks(lambda x: F.normalize(x.flatten(1), dim=1), self.ds.x_train, ids=self.pool,
+                                       device=self.device)
+            ids = labels.pick_coverage(n, h, args.seed)
+        got = self.paid.reveal(self.pool[ids.cpu()], now, beliefs, estimate)
         each = torch.bincount(self.paid.revealed()[1], minlength=len(self.ds.classes)).tolist()
         left = (args.rounds - now if len(got) else 0) * args.round_epochs + args.closing
         print(f'round {now}: {len(got)} asked, {self.paid.spent} of {args.budget} spent, by class {each}'
@@ -254,13 +267,11 @@ def find_clusters(run, args, ds, device):
     near, h = look_around(args, ds, device)
     model = beginning(run, args, device)
     rounds = Clustering(run, args, ds, model, device, near, h)
-    more = {'y': rounds.pred}
+    objective, more = objective_of(args), {'y': rounds.pred}
     if args.method == 'scan':
-        more = {'after_step': partial(model.follow, args.ema)}
-    objective = objective_of(args)
-    if args.method == 'scan':
-        objective = partial(objective, labelled=lambda: (rounds.x[rounds.chosen], rounds.pred[rounds.chosen]))
-    seconds = train_model(run, args, model, objective, rounds.x, plan=rounds.plan, **more)
+        objective, more = partial(objective, labelled=lambda: rounds.labelled), {
+            'after_step': partial(model.follow, args.ema)}
+    seconds = train_model(run, args, model, objective, data.Pictures(ds.x_train, device), plan=rounds.plan, **more)
     if distributed.rank() == 0:
         score_clusters(run, args, ds, model, device, seconds)
 
@@ -268,16 +279,17 @@ def find_clusters(run, args, ds, device):
 def look_around(args, ds, device):
     """(ids (N, k) of each picture's neighbours, features (N, D)): centred and normalised features of all --encoder
     runs side by side; of the pixels without one."""
-    x, parts = ds.x_train.to(device), []
+    encoders = [] if args.encoder else [lambda x: x.flatten(1)]
     for folder in args.encoder or ():
         config = runs.read_config(folder)
-        encode = representation(argparse.Namespace(**config['args']), load_model(Path(folder), config, device), None,
-                                device)[0]
-        parts.append(evaluate.in_chunks(encode, x))
-    h = torch.cat([F.normalize(h - h.mean(0), dim=1) for h in parts or [data.to_float(x).flatten(1)]], 1)
+        model = load_model(Path(folder), config, device)
+        encoders.append(representation(argparse.Namespace(**config['args']), model, None, device)[0])
+    features = [evaluate.in_chunks(encode, ds.x_train, device=device) for encode in encoders]
+    h = torch.cat([F.normalize(h - h.mean(0), dim=1) for h in features], 1)
     return cluster.neighbours(h, min(args.neighbours, len(h) - 1)), h
 
 
+MOST = 20000        # pictures that stand in for labelled ones, at most
 HELD = 0.2          # an assignment whose criterion is that much worse than the one before is not learned from
 
 
@@ -288,9 +300,8 @@ class Clustering:
 
     def __init__(self, run, args, ds, model, device, near, h):
         self.run, self.args, self.ds, self.model, self.device, self.near, self.h = run, args, ds, model, device, near, h
-        self.x = ds.x_train.to(device)
-        self.pred = torch.zeros(len(self.x), dtype=torch.int64, device=device)       # in place: train.fit holds it
-        self.chosen = None
+        self.pred = torch.zeros(len(near), dtype=torch.int64, device=device)         # in place: train.fit holds it
+        self.labelled = None
 
     def plan(self, epoch, seconds):
         """train.fit's plan: assigns where an iteration begins; returns the number of epochs."""
@@ -310,7 +321,8 @@ class Clustering:
             answer = state['pred'], state['chosen'], epochs
         pred, chosen, epochs = distributed.from_first(answer)
         self.pred.copy_(pred)
-        self.chosen = chosen.to(self.device)
+        if self.args.method == 'scan':
+            self.labelled = self.ds.x_train[chosen].to(self.device), pred[chosen].to(self.device)
         return epochs
 
     def file(self, now):
@@ -327,11 +339,13 @@ class Clustering:
         if now:
             before = runs.load_checkpoint(self.file(now - 1))['pred'].to(self.device)
         if args.method == 'scan':
-            probs = predict(args, self.model, self.x, self.device) if now else cluster.scan_heads(
+            probs = predict(args, self.model, self.ds.x_train, self.device) if now else cluster.scan_heads(
                 self.h, self.near, args.clusters, args.heads, args.entropy, seed=args.seed)[0]
             pred, chosen = probs.argmax(1), cluster.reliable(probs, self.near, args.threshold)
+            chosen = chosen[::math.ceil(len(chosen) / MOST)]
         else:
-            h = evaluate.in_chunks(representation(args, self.model, None, self.device)[0], self.x) if now else self.h
+            encode = representation(args, self.model, None, self.device)[0]
+            h = evaluate.in_chunks(encode, self.ds.x_train, device=self.device) if now else self.h
             pred = evaluate.kmeans(F.normalize(h, dim=1), args.clusters, seed=f'{args.seed} {now}')[0]
             pred = cluster.match(pred, before, args.clusters) if now else pred
             chosen = torch.arange(len(pred), device=self.device)
@@ -344,9 +358,10 @@ class Clustering:
                'sizes': sizes.tolist(), 'criterion': found, 'held': held,
                'last': now == args.iterations or stable >= args.stable}
         if self.ds.y_train is not None:                                    # to be looked at, never used
-            y = self.ds.y_train
-            row.update(acc=float(evaluate.hungarian_accuracy(pred, y)[0]), nmi=evaluate.nmi(pred, y),
-                       ari=evaluate.ari(pred, y), purity=evaluate.purity(pred, y))
+            known = self.ds.labelled()
+            both = pred.cpu()[known], self.ds.y_train[known]
+            row.update(acc=float(evaluate.hungarian_accuracy(*both)[0]), nmi=evaluate.nmi(*both),
+                       ari=evaluate.ari(*both), purity=evaluate.purity(*both))
         runs.write_state(self.file(now), {'model': self.model.state_dict(), 'pred': pred.cpu(), 'row': row,
                                           'chosen': chosen.cpu()})
         print(report.iteration(row), flush=True)
@@ -354,7 +369,7 @@ class Clustering:
     def finish(self):
         """best.pt and final.pt: the final assignment is made by the network as it is now."""
         state = {'model': self.model.state_dict(),
-                 'pred': predict(self.args, self.model, self.x, self.device).argmax(1).cpu()}
+                 'pred': predict(self.args, self.model, self.ds.x_train, self.device).argmax(1).cpu()}
         final = cluster.criterion(state['pred'].to(self.device), self.near, self.args.clusters, self.args.entropy)
         runs.write_state(self.run.folder / 'final.pt', {**state, 'criterion': final})
         trained = [runs.load_checkpoint(path) for path in sorted(self.run.folder.glob('iteration-*.pt'))[1:]]
@@ -366,7 +381,7 @@ class Clustering:
 
 def predict(args, model, x, device):
     """Class or cluster probabilities (N, K) of uint8 pictures x, as probabilities gives them."""
-    return evaluate.in_chunks(probabilities(args, model, device), x)
+    return evaluate.in_chunks(probabilities(args, model, device), x, device=device)
 
 
 def probabilities(args, model, device):
@@ -422,7 +437,7 @@ def search(args, typed):
     shapes_loss = {'tau', 'crop', 'rotate', 'jitter', 'blur', 'cutout', 'noise', 'beta'}
     by_loss = args.method in ('ae', 'conv', 'vae') and not shapes_loss & {key for key, *_ in args.over}
     by_knn = not by_loss and args.method not in ('classify', 'query')
-    if by_knn and data.load(args.data, args.limit).y_train is None:
+    if by_knn and load(args).y_train is None:
         raise ValueError('the losses of these settings can not be compared with each other, and the data has no labels '
                          'to judge by')
     print(f'{args.search} settings, scored by '
@@ -465,13 +480,14 @@ def train_model(run, args, model, objective, x, **more):
 
 def pick(args, ds, model, n, device):
     """Ids (n,) of the pictures whose labels are asked for, by --pick."""
+    pool = ds.labelled()
     if args.pick == 'balanced':
-        return labels.pick_balanced(n, ds.y_train, args.seed)
+        return pool[labels.pick_balanced(n, ds.y_train[pool], args.seed)]
     if args.pick == 'coverage':
         encode = representation(args, model, None, device)[0]
-        h = evaluate.in_chunks(encode, ds.x_train.to(device))
-        return labels.pick_coverage(n, F.normalize(h, dim=1), args.seed)
-    return labels.pick_random(n, len(ds.x_train), args.seed)
+        h = evaluate.in_chunks(encode, ds.x_train, ids=pool, device=device)
+        return pool[labels.pick_coverage(n, F.normalize(h, dim=1), args.seed)]
+    return pool[labels.pick_random(n, len(pool), args.seed)]
 
 
 def pick_device(name):
@@ -591,9 +607,10 @@ def evaluate_again(folder, device):
     config = runs.read_config(folder)
     args = argparse.Namespace(**config['args'])
     device = pick_device(device)
-    ds = data.load(args.data, args.limit)
+    ds = load(args)
     if ds.digest != config['data']['digest']:
-        raise ValueError(f'{folder} was made from other data than {args.data or "Fashion-MNIST here"}')
+        raise ValueError(f'{folder} was made from other data than '
+                         f'{args.data or getattr(args, "dataset", None) or "Fashion-MNIST here"}')
     run = runs.Run(folder, config, resume=True)
     if not run.finished:
         raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
@@ -612,12 +629,12 @@ def finish(run, args, ds, model, device, seconds):
     encode, reconstruct = representation(args, model, x_train, device)
     began = time.monotonic()
     metrics = evaluate.measure(ds, train_ids, val_ids, encode, reconstruct, args.seed, device=device)
-    few = data.to_float(ds.x_train[val_ids][:16].to(device))
+    few = data.to_float(ds.x_train[val_ids[:16]].to(device))
     with torch.no_grad():
         if reconstruct:
             report.write_png(run.folder / 'reconstructions.png', report.sheet(few, reconstruct(few)))
         if args.method == 'vae':
-            mu = evaluate.in_chunks(encode, ds.x_train[val_ids].to(device))
+            mu = evaluate.in_chunks(encode, ds.x_train, ids=val_ids, device=device)
             metrics['active_units'] = evaluate.active_units(mu)
             rows = nets.samples(model, args.latent, 4 * 16, data.generator(device, args.seed, 'samples')).split(16)
             report.write_png(run.folder / 'samples.png', report.sheet(*rows))
@@ -645,6 +662,6 @@ def write_views(path, x, views, seed):
 
 
 def show_views(args):
-    ds = data.load(args.data, args.limit)
+    ds = load(args)
     write_views(Path(args.show_views), data.to_float(ds.x_train[:16]), views_of(args), args.seed)
     print(f'wrote {args.show_views}: originals above two views of each')

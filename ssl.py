@@ -65,7 +65,8 @@ else:
         'blur': dict(simclr=0.0, **all_headed(0.0)),
         'cutout': dict(simclr=0.0, **all_headed(0.4, classify=0.3)),
     }
-    PLAIN = dict(data=None, limit=None, val=5000, name=None, resume=False, overwrite=False, device=None, seed=0)
+    PLAIN = dict(data=None, dataset=None, limit=None, val=5000, name=None, resume=False, overwrite=False, device=None,
+                 seed=0)
     METHODS = {'ae': 'fully connected autoencoder', 'conv': 'convolutional residual autoencoder',
                'vae': 'variational autoencoder', 'simclr': 'contrastive learning',
                'classify': 'classifier from few labels', 'query': 'classifier that asks for its labels',
@@ -152,12 +153,15 @@ else:
              type=number(int, 1, 10**4), metavar='N')
         flag(g, '--over', 'what --search varies: any numeric flags and their ranges', nargs='+', type=span,
              metavar='FLAG=LOW:HIGH')
-        flag(g, '--fetch', 'find or download Fashion-MNIST, say where it is, and stop', action='store_true')
+        flag(g, '--fetch', 'find or download the --dataset, say where it is, and stop', action='store_true')
 
         g = p.add_argument_group('data and run folder')
-        flag(g, '--data', 'folder of IDX files or an .npz with x_train and, optionally, y_train, x_test, y_test '
-             '(default: Fashion-MNIST, downloaded if it is nowhere)', type=path, metavar='PATH')
-        flag(g, '--limit', 'use only the first N training pictures', type=number(int, 20, 10**9), metavar='N')
+        flag(g, '--data', 'folder of IDX files, of STL-10\'s or of CIFAR-10\'s binary files, or an .npz with x_train '
+             'and, optionally, y_train, x_test, y_test', type=path, metavar='PATH')
+        flag(g, '--dataset', 'instead of --data: fashion-mnist, stl10 or cifar10, sought in data/ and downloaded if it '
+             'is not there (default: fashion-mnist)', type=choice('fashion-mnist', 'stl10', 'cifar10'), metavar='NAME')
+        flag(g, '--limit', 'use only the first N training pictures; those with labels come first',
+             type=number(int, 20, 10**9), metavar='N')
         flag(g, '--val', 'training pictures kept for validation, a tenth of all at most', type=count, metavar='N')
         flag(g, '--name', 'run folder under runs/ (default: the method and what differs from its defaults)')
         flag(g, '--resume', 'continue an unfinished run to the same result; a finished one is left alone',
@@ -256,9 +260,11 @@ else:
         method = typed.get('method', 'simclr' if command == 'show_views' else None)
         if command == 'show_views' and method != 'simclr':
             parser.error('--show-views shows the views of --method simclr')
-        with_it = {'fetch': (), 'compare': (), 'evaluate': ('device',)}.get(command, typed)
+        with_it = {'fetch': ('dataset',), 'compare': (), 'evaluate': ('device',)}.get(command, typed)
         for key in set(typed) - {command, *with_it}:
             parser.error(f'--{key.replace("_", "-")} does nothing with --{command}')
+        if 'data' in typed and 'dataset' in typed:
+            parser.error('--data and --dataset exclude each other; a --data folder is known by its files')
         if method is None and command is None:
             parser.error('say what to do, for instance: python ssl.py --method simclr (--help lists the rest)')
         for key in {'net', 'width'} & set(typed) if 'encoder' in typed else ():

@@ -25,7 +25,9 @@ import statistics
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
+import threading
 import time
 import traceback
 import tracemalloc
@@ -48,6 +50,7 @@ import cluster
 import data
 import evaluate
 import fetch
+import formats
 import labels
 import losses
 import nets
@@ -99,6 +102,16 @@ def home():
     home.keep = tempfile.TemporaryDirectory(dir=IN_MEMORY)
     write_npz(Path(home.keep.name) / 'tiny.npz')
     return Path(home.keep.name)
+
+
+@contextlib.contextmanager
+def inside(cwd):
+    before = os.getcwd()
+    os.chdir(cwd)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 @contextlib.contextmanager
@@ -413,7 +426,8 @@ def test_every_training_flag_changes_what_is_trained():
              'pick': {'classify': 'coverage', 'query': 'random'}, 'head': 'mlp', 'mixup': 0, 'seed': 1, 'limit': 30,
              'val': dict.fromkeys(UNLABELLED, 1)}
     elsewhere = {'patience', 'min_delta', 'save_every', 'method', 'evaluate', 'compare', 'show_views', 'fetch',
-                 'search', 'over', 'data', 'name', 'resume', 'overwrite', 'device', 'encoder', 'until', 'stable'}
+                 'search', 'over', 'data', 'dataset', 'name', 'resume', 'overwrite', 'device', 'encoder', 'until',
+                 'stable'}
     assert set(other) | elsewhere == set(flags()), 'a flag without a test'
     with folder() as cwd, only_training():
         x, y = pictures(45, 8, 8)
@@ -758,12 +772,137 @@ def test_download_lets_a_full_disk_be_an_error_of_its_own():
 
 def test_fashion_mnist_downloads_only_the_files_that_are_missing():
     names, asked = list(fetch.FASHION_MNIST), []
-    download = lambda urls, path, sha256, size: asked.append((os.path.basename(path), len(urls), size))
+    download = lambda urls, path, checksum, size: asked.append((os.path.basename(path), len(urls), size))
     with folder() as f, mock.patch.object(fetch, 'download', download):
         (f / names[0]).touch()
         fetch.fashion_mnist(str(f))
     assert asked == [(name, 3, fetch.FASHION_MNIST[name][1]) for name in names[1:]]
     assert all(len(sha256) == 64 for sha256, _ in fetch.FASHION_MNIST.values())
+
+
+def targz(*members):
+    """A .tar.gz by hand: a member is (name, content) or a TarInfo with a type of its own."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode='w:gz') as tar:
+        for member in members:
+            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member[0])
+            if info is not member:
+                info.size = len(member[1])
+            tar.addfile(info, None if info is member else io.BytesIO(member[1]))
+    return out.getvalue()
+
+
+def special(name, kind, to=''):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, to
+    return info
+
+
+def unpack(f, blob, **files):
+    """Unpacks the blob into the folder f/to; returns what is in f afterwards, links as 'link'."""
+    (f / 'a.tar.gz').write_bytes(blob)
+    (f / 'to').mkdir(exist_ok=True)
+    fetch.unpack(str(f / 'a.tar.gz'), str(f / 'to'), files)
+    return below(f)
+
+
+def below(f):
+    return {str(p.relative_to(f)): 'link' if p.is_symlink() else p.read_bytes()
+            for p in f.rglob('*') if p.name != 'a.tar.gz' and not p.is_dir()}
+
+
+def test_unpack_writes_the_plain_files_it_was_told_of_into_the_folder_and_nothing_else():
+    blob = targz(special('set', tarfile.DIRTYPE), ('set/x.bin', b'pictures'), ('readme', b'no'), ('../y.bin', b'up'),
+                 ('/etc/z.bin', b'root'), ('../../evil', b'no'), ('set/x.bin', b'again'))
+    with folder() as f:
+        assert unpack(f, blob, **{'x.bin': 8, 'y.bin': 9, 'z.bin': 9}) == {
+            'to/x.bin': b'pictures', 'to/y.bin': b'up', 'to/z.bin': b'root'}
+        assert not (f.parent / 'evil').exists()
+    kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE,
+             tarfile.GNUTYPE_SPARSE)
+    for kind in kinds:
+        with folder() as f:
+            (f / 'outside').write_bytes(b'mine')
+            with raises(ValueError, 'a.tar.gz'):
+                unpack(f, targz(special('x.bin', kind, '../outside'), ('other', b'')), **{'x.bin': 9})
+            assert below(f) == {'outside': b'mine'}, kind
+
+
+def test_unpack_refuses_what_is_too_large_cut_off_or_not_there_and_leaves_no_half_file():
+    junk, noise = bytes(1 << 27), np.random.default_rng(0).bytes(50_000)
+    good = targz(('x.bin', noise), ('y.bin', b'labels'))
+    with folder() as f:
+        for blob, files, said in ((good, {'x.bin': 49_999, 'y.bin': 6}, '50,000 bytes, more than 49,999'),
+                                  (targz(('junk', junk), ('x.bin', b'')), {'x.bin': 9}, 'more than it should'),
+                                  (targz(('x.bin', junk)), {'x.bin': 9}, 'more than 9'),
+                                  (targz(('y.bin', b'')), {'x.bin': 9, 'y.bin': 9}, 'has no x.bin in it'),
+                                  (good[:30_000], {'x.bin': 50_000}, 'can not be unpacked'),
+                                  (gzip.compress(gzip.decompress(good)[:30_000]), {'x.bin': 50_000}, 'unpacked'),
+                                  (b'', {'x.bin': 9}, 'can not be unpacked'), (b'<html>', {'x.bin': 9}, 'ot a gzip'),
+                                  (gzip.compress(b'no tar' * 999), {'x.bin': 9}, 'can not be unpacked')):
+            tracemalloc.start()
+            try:
+                with raises(ValueError, 'a.tar.gz', said):
+                    unpack(f, blob, **files)
+                assert tracemalloc.get_traced_memory()[1] < 20e6
+            finally:
+                tracemalloc.stop()
+            assert set(below(f)) <= {'to/y.bin'}, said
+            (f / 'to' / 'y.bin').unlink(missing_ok=True)
+        posix()
+        (f / 'a.tar.gz').write_bytes(good)
+        with full_disk(20_000), contextlib.suppress(OSError):
+            fetch.unpack(str(f / 'a.tar.gz'), str(f / 'to'), {'x.bin': 50_000})
+            raise AssertionError('the disk was full')
+        assert not below(f)
+
+
+def test_fuzzed_archives_are_unpacked_or_refused_and_nothing_is_half():
+    noise = np.random.default_rng(0).bytes(3000)
+    plain = gzip.decompress(targz(('set/x.bin', noise), special('set', tarfile.DIRTYPE), ('y.bin', b'labels')))
+    with folder() as f:
+        def read(path):
+            for p in (f / 'to').iterdir():
+                p.unlink()
+            if not path.read_bytes().startswith(b'\x1f\x8b'):             # faults in the tar, too, not just around it
+                path.write_bytes(gzip.compress(path.read_bytes(), 1))
+            try:
+                fetch.unpack(str(path), str(f / 'to'), {'x.bin': 4000, 'y.bin': 4000})
+            finally:
+                left = {p.name: len(p.read_bytes()) for p in (f / 'to').iterdir()}
+                assert set(left) <= {'x.bin', 'y.bin'} and max(left.values(), default=0) <= 4000
+        (f / 'to').mkdir()
+        read, refused = fuzz(read, f / 'fuzz.tar.gz', [gzip.compress(plain), plain], 1000)
+    assert read > 100 and refused > 300
+
+
+def test_an_archive_is_downloaded_checked_by_its_md5_unpacked_and_removed_and_not_asked_for_again():
+    blob = targz(('set/x.bin', FILE), ('set/y.txt', b'names'))
+    archive = fetch.Archive('https://a.org/set.tar.gz', hashlib.md5(blob).hexdigest(), len(blob), 'set',
+                            {'x.bin': len(FILE), 'y.txt': 5})
+    asked = []
+    def open_url(url, start):
+        asked.append((url, start))
+        return rest(start, blob) if start else Response(blob)
+    with folder() as f, mock.patch.object(fetch, 'open_url', open_url), contextlib.redirect_stderr(io.StringIO()), \
+            mock.patch.dict(fetch.ARCHIVES, stl10=archive), inside(f):
+        (f / 'data' / 'stl10').mkdir(parents=True)
+        (f / 'data' / 'stl10' / 'set.tar.gz.part').write_bytes(blob[:99])
+        for _ in range(2):
+            assert data.find('stl10') == Path('data/stl10') and asked == [(archive.url, 99)]
+            assert below(f) == {'data/stl10/x.bin': FILE, 'data/stl10/y.txt': b'names'}
+        (f / 'data' / 'stl10').rename(f / 'data' / 'set')                 # as the archive unpacks by hand
+        assert data.find('stl10') == Path('data/set')
+        (f / 'data' / 'set' / 'y.txt').unlink()
+        (f / 'data' / 'stl10').mkdir()
+        (f / 'data' / 'stl10' / 'set.tar.gz').write_bytes(blob)           # brought by hand
+        assert data.find('stl10') == Path('data/stl10') and len(asked) == 1 and len(below(f)) == 3
+        (f / 'data' / 'stl10' / 'x.bin').unlink()
+        blob = bytes(len(blob))
+        with raises(ConnectionError, 'a.org (wrong MD5)'):
+            data.find('stl10')
+    assert all(len(a.md5) == 32 and a.url.startswith('https://') for a in fetch.ARCHIVES.values())
+    assert sum(fetch.ARCHIVES['stl10'].files[f'{k}_X.bin'] for k in ('train', 'test', 'unlabeled')) == 113_000 * 27_648
 
 
 # data.py -----------------------------------------------------------------------------------------------------
@@ -964,6 +1103,149 @@ def test_data_sets_from_idx_folders_and_npz_are_the_same_pictures_channels_first
         assert a.y_test.tolist() == kept['y_test'].tolist() and a.y_train.dtype == torch.int64
         assert bare.y_train is bare.x_test is bare.y_test is None and bare.classes == []
         assert torch.equal(first.x_train, a.x_train[:21]) and len(first.y_train) == 21 and len(first.x_test) == 4
+
+
+def plane(side, of):
+    """side x side bytes, row after row, of a function of (row, column)."""
+    return bytes(of(row, col) for row in range(side) for col in range(side))
+
+
+def write_stl10(f, train=20, test=4, unlabelled=6):
+    """STL-10's files by hand: red is the row, green the column, blue the picture's number, counted through."""
+    number = itertools.count()
+    red, green = plane(96, lambda a, b: b), plane(96, lambda a, b: a)     # the file goes down each column
+    for part, n in ('train', train), ('unlabeled', unlabelled), ('test', test):
+        (f / f'{part}_X.bin').write_bytes(b''.join(red + green + bytes([next(number)]) * 9216 for _ in range(n)))
+        if part != 'unlabeled':
+            (f / f'{part}_y.bin').write_bytes(bytes(1 + i % 10 for i in range(n)))
+    (f / 'class_names.txt').write_text('\n'.join(f'class{k}' for k in range(10)) + '\n')
+    (f / 'fold_indices.txt').write_text('\n'.join(f'{k} {k + 10} ' for k in range(10)) + '\n')
+
+
+def write_cifar10(f, sizes=(12, 8, 5), test=4):
+    """CIFAR-10's files by hand, told as above; data_batch_9, _10, _11 when three sizes are given."""
+    red, green, number = plane(32, lambda row, col: row), plane(32, lambda row, col: col), itertools.count()
+    for name, n in *((f'data_batch_{9 + i}', n) for i, n in enumerate(sizes)), ('test_batch', test):
+        ids = [next(number) for _ in range(n)]
+        (f / f'{name}.bin').write_bytes(b''.join(bytes([i % 10]) + red + green + bytes([i]) * 1024 for i in ids))
+    (f / 'batches.meta.txt').write_text('\n'.join(f'class{k}' for k in range(10)) + '\n\n')
+
+
+def assert_told(x, first=0):
+    """Every pixel of x (N, 3, H, W) says its row, its column and its picture's number."""
+    n, _, H, W = x.shape
+    for i, r, c in itertools.product(range(n), range(0, H, 5), range(0, W, 7)):
+        assert x[i, :, r, c].tolist() == [r, c, first + i]
+    assert x.is_contiguous() and x.dtype == torch.uint8
+
+
+def test_stl10_is_read_column_by_column_its_unlabelled_pictures_last_and_without_a_label():
+    with folder() as f:
+        write_stl10(f)
+        ds, few, more = data.load(f), data.load(f, limit=20), data.load(f, limit=23)
+        assert ds.shape == (3, 96, 96) and len(ds.x_train) == 26 and ds.classes == [f'class{k}' for k in range(10)]
+        assert_told(ds.x_train[:])
+        assert_told(ds.x_test[:], 26)
+        assert ds.x_train[torch.tensor([25, 3, 20, 3])][:, 2, 0, 0].tolist() == [25, 3, 20, 3]
+        assert ds.y_train.tolist() == [i % 10 for i in range(20)] + [-1] * 6 and ds.y_test.tolist() == [0, 1, 2, 3]
+        assert ds.labelled().tolist() == list(range(20)) and ds.labelled(torch.tensor([24, 5])).tolist() == [5]
+        assert [ids.tolist() for ids in ds.folds] == [[k, k + 10] for k in range(10)]
+        assert len(few.x_train) == len(few.labelled()) == 20 and len(more.x_train) == len(more.y_train) == 23
+        x = {key: getattr(ds, key)[:].permute(0, 2, 3, 1).numpy() for key in ('x_train', 'x_test')}
+        assert data._dataset('copy', x).digest == ds.digest != few.digest  # the digest is of pictures, not of files
+        with open(f / 'train_X.bin', 'r+b') as file:                      # nothing was copied: the file is the data
+            file.seek(2 * 27_648 + 96 * 7 + 5)
+            file.write(b'\xff')
+        assert ds.x_train[2:3][0, 0, 5, 7] == 255
+        for name in 'unlabeled_X.bin', 'class_names.txt', 'fold_indices.txt':
+            (f / name).unlink()
+        bare = data.load(f)
+        assert len(bare.x_train) == len(bare.labelled()) == 20 and bare.folds == [] and bare.classes[2] == 'car'
+
+
+def test_cifar10_is_read_row_by_row_from_any_number_of_batches_in_the_order_of_their_numbers():
+    with folder() as f:
+        write_cifar10(f)
+        ds = data.load(f)
+        assert ds.shape == (3, 32, 32) and ds.classes == [f'class{k}' for k in range(10)] and ds.folds == []
+        assert_told(ds.x_train[:])
+        assert_told(ds.x_test[:], 25)
+        assert ds.y_train.tolist() == [i % 10 for i in range(25)] and ds.y_test.tolist() == [5, 6, 7, 8]
+        assert_told(data.load(f, limit=22).x_train[torch.arange(13, 22)], 13)
+        (f / 'batches.meta.txt').unlink()
+        assert data.load(f).classes[6] == 'frog'
+
+
+def test_broken_binary_data_sets_are_one_sentence():
+    good = 27_648
+    with folder() as f:
+        for write, name, change, said in (
+                (write_stl10, 'train_X.bin', lambda b: b[:-1], 'wanted a multiple of 27,648'),
+                (write_stl10, 'train_X.bin', lambda b: b[good:], 'train_y.bin holds 20 labels; wanted one for each'),
+                (write_stl10, 'unlabeled_X.bin', lambda b: b[:-good // 2], 'is it cut off?'),
+                (write_stl10, 'unlabeled_X.bin', lambda b: b'', 'unlabeled_X.bin is empty'),
+                (write_stl10, 'test_X.bin', lambda b: b'', 'test_X.bin is empty'),
+                (write_stl10, 'test_y.bin', lambda b: b'', 'test_y.bin is empty'),
+                (write_stl10, 'train_X.bin', None, 'has no train_X.bin'), (write_stl10, 'train_y.bin', None, 'train_y'),
+                (write_stl10, 'test_X.bin', None, 'has no test_X.bin'), (write_stl10, 'test_y.bin', None, 'test_y.bin'),
+                (write_stl10, 'train_y.bin', lambda b: b'\0' + b[1:], 'labels from 0 to 10; wanted 1 to 10'),
+                (write_stl10, 'test_y.bin', lambda b: b[:-1] + b'\x0b', 'labels from 1 to 11'),
+                (write_stl10, 'class_names.txt', lambda b: b[:-8], 'holds 9 names; wanted 10'),
+                (write_stl10, 'fold_indices.txt', lambda b: b[:20], 'lines of picture numbers; wanted 10'),
+                (write_stl10, 'fold_indices.txt', lambda b: b + b'20', '0 to 19'),
+                (write_stl10, 'fold_indices.txt', lambda b: b'-1 ' + b, 'no number of a training picture'),
+                (write_cifar10, 'data_batch_10.bin', lambda b: b[:-3], 'wanted a multiple of 3,073'),
+                (write_cifar10, 'test_batch.bin', lambda b: b'', 'is empty'),
+                (write_cifar10, 'test_batch.bin', None, 'has no test_batch.bin'),
+                (write_cifar10, 'data_batch_9.bin', lambda b: b'\x0a' + b[1:], 'data_batch_9.bin holds a label 10'),
+                (write_cifar10, 'data_batch_9.bin', lambda b: b[3073 * 7:], 'holds 18 pictures; wanted at least 20'),
+                (write_cifar10, 'batches.meta.txt', lambda b: b + b'more', 'holds 11 names')):
+            for old in f.iterdir():
+                old.unlink()
+            write(f)
+            blob = (f / name).read_bytes()
+            (f / name).unlink() if change is None else (f / name).write_bytes(change(blob))
+            with raises(ValueError, said):
+                data.load(f)
+        for batch in f.glob('data_batch_*'):
+            batch.unlink()
+        with raises(ValueError, 'has no data_batch_1.bin'):
+            data.load(f)
+
+
+def test_fuzzed_binary_data_sets_are_read_or_refused():
+    for write, names in (
+            (write_stl10, ('train_X.bin', 'train_y.bin', 'test_y.bin', 'class_names.txt', 'fold_indices.txt')),
+            (write_cifar10, ('data_batch_10.bin', 'test_batch.bin', 'batches.meta.txt'))):
+        with folder() as f:
+            write(f)
+            counts = []
+            for name in names:
+                blob = (f / name).read_bytes()
+                counts.append(fuzz(lambda _, f=f: data.load(f), f / name, [blob], 60))
+                (f / name).write_bytes(blob)
+        assert all(refused > 10 for _, refused in counts) and sum(read for read, _ in counts) > 30, counts
+
+
+def test_a_named_data_set_is_looked_for_in_data_and_kept_in_the_run():
+    with folder() as cwd:
+        there = cwd / 'data' / 'cifar-10-batches-bin'
+        there.mkdir(parents=True)
+        write_cifar10(there, (25,))
+        for i in 1, 2, 3, 4, 5:                                           # all that the archive holds has to be there
+            shutil.copy(there / 'data_batch_9.bin', there / f'data_batch_{i}.bin')
+        code, out, _ = run('--fetch', '--dataset', 'cifar10', cwd=cwd)
+        assert code == 0 and out == f'cifar10 is in {there.relative_to(cwd)}\n'
+        code, out, err = run('--method', 'pixels', '--dataset', 'cifar10', '--limit', 30, cwd=cwd)
+        there = cwd / 'runs' / 'pixels-dataset=cifar10-limit=30'
+        assert code == 0 and measured(there)['n'] == 4, err
+        config = runs.read_config(there)
+        assert config['args']['dataset'] == config['data']['name'] == 'cifar10'
+        before = measured(there)
+        assert run('--evaluate', there, cwd=cwd)[0] == 0 and measured(there) == before
+        assert run('--method', 'pixels', '--name', there.name, '--resume', cwd=cwd)[0] == 0
+        refused('--method', 'pixels', '--dataset', 'cifar', cwd=cwd, said=['did you mean cifar10?'])
+        refused('--method', 'pixels', '--dataset', 'cifar10', '--data', 'data', cwd=cwd, said=['exclude'])
 
 
 def test_split_is_a_function_of_the_seed_disjoint_and_complete():
@@ -1565,6 +1847,10 @@ def test_pca_agrees_with_the_singular_value_decomposition():
         pca = evaluate.PCA(x, k)
         assert close(pca.encode(x).abs(), abs((X - X.mean(0)) @ vt[:k].T), 1e-3)
         assert close(pca.decode(pca.encode(x)), (X - X.mean(0)) @ vt[:k].T @ vt[:k] + X.mean(0), 1e-4)
+    x = torch.cat([x, randn(50, 300) * 0.1], 1)[:20]                      # more pixels than pictures
+    X = x.double().numpy()
+    _, _, vt = np.linalg.svd(X - X.mean(0), full_matrices=False)
+    assert close(evaluate.PCA(x, 5).encode(x).abs(), abs((X - X.mean(0)) @ vt[:5].T), 1e-3)
 
 
 def test_effective_rank_and_active_units_of_known_spectra():
@@ -1580,7 +1866,7 @@ def test_effective_rank_and_active_units_of_known_spectra():
 def test_in_chunks_is_the_function_of_all_pictures_as_floats():
     x = torch.arange(250, dtype=torch.uint8).view(-1, 1, 1, 1)
     sizes = []
-    out = evaluate.in_chunks(lambda v: (sizes.append(len(v)), v.flatten(1) * 2)[1], x, 100)
+    out = evaluate.in_chunks(lambda v: (sizes.append(len(v)), v.flatten(1) * 2)[1], x, size=100)
     assert sizes == [100, 100, 50] and close(out.flatten(), np.arange(250) * 2 / 255)
 
 
@@ -2427,6 +2713,144 @@ def test_evaluate_gives_the_measures_and_pictures_of_the_finished_run_again():
         assert measured(there) == before and drawn(there) == pngs
         assert {p.name: p.read_bytes() for p in there.glob('*.pt')} == saved
     refused(*['--evaluate', there], cwd=HERE.parent, said=['tiny.npz'])   # its data is not there
+
+
+def reading(limit=0):
+    """Pictures are held on the device up to this many bytes, beyond it read batch by batch; yields the batches read."""
+    gathered, original = [], data.Pictures._gather
+    def gather(self, where):
+        gathered.append(len(where))
+        return original(self, where)
+    return mock.patch.multiple(data, HELD=limit), mock.patch.object(data.Pictures, '_gather', gather), gathered
+
+
+def test_pictures_are_held_if_they_fit_and_the_same_batches_come_either_way():
+    x, ids = torch.from_numpy(arrays(C=3)['x_train']).permute(0, 3, 1, 2).contiguous(), torch.randperm(120)[:50]
+    split = formats.Mapped([x[:7], x[7:7], x[7:60].transpose(2, 3).contiguous().transpose(2, 3), x[60:]])
+    assert torch.equal(split[:], x) and torch.equal(split[ids], x[ids]) and torch.equal(split.first(65)[:], x[:65])
+    for source, of in itertools.product((x, split), (None, ids)):
+        wanted = x if of is None else x[of]
+        for limit in wanted.numel(), wanted.numel() - 1:
+            held, counted, gathered = reading(limit)
+            with held, counted:
+                p = data.Pictures(source, torch.device('cpu'), of)
+                assert (p.whole is None) == (limit < wanted.numel())
+                assert p.shape == wanted.shape == (len(p), 3, 10, 12)
+                for steps in [], [(7, torch.tensor([3, 1, 3]))], list(data.batches(len(p), 7, 0, 1, start=2)):
+                    got = list(p.read(iter(steps)))
+                    assert [(step, order.tolist()) for step, order, _ in got] == [(s, o.tolist()) for s, o in steps]
+                    assert all(torch.equal(rows, wanted[order]) and rows.is_contiguous() for _, order, rows in got)
+                assert bool(gathered) == (p.whole is None)
+    total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') else 1 << 50
+    assert 0 < data.free_memory(torch.device('cpu')) <= total
+    with mock.patch.object(torch.cuda, 'mem_get_info', lambda index: (100 + index, 999)):
+        assert data.free_memory(torch.device('cuda:3')) == 103
+
+
+def test_the_next_batch_is_read_while_one_is_in_use_and_no_further():
+    held, counted, gathered = reading()
+    with held, counted:
+        p = data.Pictures(torch.zeros(30, 1, 8, 8, dtype=torch.uint8), torch.device('cpu'))
+        steps = p.read(data.batches(30, 10, 0, 1))
+        for n in 2, 3, 3:
+            next(steps)
+            until = time.monotonic() + 5
+            while len(gathered) < n and time.monotonic() < until:
+                time.sleep(0.001)
+            assert len(gathered) == n
+        assert next(steps, None) is None
+
+
+def test_a_run_that_reads_batch_by_batch_equals_one_that_holds_its_pictures_also_when_stopped():
+    posix()
+    for method in 'ae', 'simclr', 'classify', 'query':
+        with folder() as cwd:
+            write_npz(cwd / 'tiny.npz')
+            held, counted, gathered = reading()
+            with held, counted:
+                for stop in stopping(signal.SIGTERM), stopping(Killed), contextlib.nullcontext():
+                    code, err = None, ''
+                    with stop, contextlib.suppress(Killed):
+                        code, _, err = run(*tiny(method), '--resume', '--save-every', 1e-9, cwd=cwd)
+            assert code == 0 and len(gathered) >= 6, (method, err)
+            assert_same_run(cwd / 'runs' / method, finished(method))
+    gc.collect()
+    assert not [t for t in threading.enumerate() if 'ThreadPool' in t.name]      # readers end with their runs
+
+
+def test_a_run_from_a_memory_map_equals_one_from_memory_held_or_not():
+    with folder() as cwd:
+        (cwd / 'cifar').mkdir()
+        write_cifar10(cwd / 'cifar')
+        ds = data.load(cwd / 'cifar')
+        x = {key: getattr(ds, key)[:].permute(0, 2, 3, 1).numpy() for key in ('x_train', 'x_test')}
+        write_npz(cwd / 'tiny.npz', **x, y_train=ds.y_train.numpy(), y_test=ds.y_test.numpy())
+        for source, limit in ('tiny.npz', None), ('cifar', None), ('cifar', 0):
+            held, counted, gathered = reading(limit)
+            with held, counted:
+                code, _, err = run(*tiny('simclr'), '--data', source, '--batch-size', 8, '--name', f'{source}{limit}',
+                                   cwd=cwd)
+                assert code == 0 and not err and bool(gathered) == (limit == 0), err
+        for other in 'cifarNone', 'cifar0':
+            assert_same_run(cwd / 'runs' / 'tiny.npzNone', cwd / 'runs' / other)
+
+
+def partly_labelled(labelled, **kwargs):
+    """A data set in which only these of the training pictures have a label."""
+    a = arrays(**kwargs)
+    y = torch.full((len(a['y_train']),), -1)
+    y[labelled] = torch.from_numpy(a['y_train'][labelled])
+    return data._dataset('partly', {**a, 'y_train': y})
+
+
+def test_pictures_without_a_label_are_measured_without_and_give_the_scores_of_the_labelled_alone():
+    g = np.random.default_rng(0)
+    for with_test in True, False:
+        ds = partly_labelled(np.sort(g.permutation(200)[:70]), n=200, n_test=90)
+        if not with_test:
+            ds.x_test = ds.y_test = None
+        ids = data.split(200, 20, 0)
+        encode = lambda x: x.flatten(1)
+        m = evaluate.measure(ds, *ids, encode, probe_share=0.5)
+        train, val = ([i for i in of.tolist() if ds.y_train[i] >= 0] for of in ids)
+        bank = train + val if with_test else train
+        x, y = (ds.x_test, ds.y_test) if with_test else (ds.x_train[val], ds.y_train[val])
+        pred = evaluate.knn(data.to_float(ds.x_train[bank]).flatten(1), ds.y_train[bank], data.to_float(x).flatten(1))
+        assert m['knn_labels'] == len(bank) and m['n'] == len(y) and close(m['knn'], (pred == y).double().mean())
+        used = round(0.5 * (len(train) + len(val)))
+        assert m['probe_labels'] <= used and m['probe'] > 0.9 and m['kmeans_acc'] > 0.9 and len(m['f1']) == 3
+
+
+def test_no_label_is_bought_searched_or_learned_where_there_is_none():
+    labelled = np.sort(np.random.default_rng(1).permutation(120)[:40])
+    ds = partly_labelled(labelled)
+    with folder() as cwd, mock.patch.object(data, 'load', lambda *_: ds):
+        for method, pick in (*itertools.product(('classify',), ('random', 'coverage', 'balanced')),
+                             ('query', 'random'), ('query', 'informative')):
+            encoder = ['--encoder', finished('simclr')] if pick == 'informative' else ['--width', 0.1]
+            flags = [w for w in tiny(method) if w not in ('--width', 0.1)] + encoder
+            code, _, err = run(*flags, '--pick', pick, '--overwrite', cwd=cwd)
+            assert code == 0, err
+            paid = labels.LabelDatabase(cwd / 'runs' / method / 'labels.sqlite', None, 0, ds.digest)
+            ids, y = paid.revealed()
+            assert len(ids) == 15 and set(ids.tolist()) <= set(labelled.tolist())
+            assert y.tolist() == ds.y_train[ids].tolist()
+        refused(*tiny('classify'), '--labels', 41, '--name', 'x', cwd=cwd, said=['40'])
+        refused(*tiny('query'), '--budget', 41, '--name', 'x', cwd=cwd, said=['40'])
+        code, _, err = run(*tiny('classify'), '--labels', 0.5, '--name', 'half', cwd=cwd)
+        assert code == 0 and measured(cwd / 'runs' / 'half')['labels'] == 20
+        scores, knn = [], evaluate.knn
+        def spy(x, y, h, *more, **kwargs):
+            scores.append(int(y.min()))
+            return knn(x, y, h, *more, **kwargs)
+        with mock.patch.object(evaluate, 'knn', spy):
+            code, _, err = run(*tiny('simclr'), '--name', 's', '--search', 1, '--over', 'tau=0.1:1', cwd=cwd)
+        assert code == 0 and scores == [0, 0], err
+        paid = labels.LabelDatabase(cwd / 'one.sqlite', ds.y_train.__getitem__, 9, ds.digest)
+        missing = np.setdiff1d(np.arange(120), labelled)[0]
+        with raises(ValueError, f'picture {missing} has no label'):
+            paid.reveal([labelled[0], missing])
+        assert paid.spent == 0
 
 
 def test_pictures_without_labels_or_test_set_in_colour_and_odd_sizes_can_be_learned():

@@ -152,7 +152,7 @@ def signals():
 def fit(model, objective, x, run, *, y=None, check=None, epochs, batch_size, lr, weight_decay=0.0, warmup=0.0,
         closing=math.inf, sam=0.0, plan=None, after_step=None, patience=0, min_delta=0.0, seed=0, amp=False,
         save_every=60.0):
-    """Train model on x (N, C, H, W) uint8, and labels y (N,) if the objective takes them; returns the
+    """Train model on x, data.Pictures, and labels y (N,) if the objective takes them; returns the
     seconds it took, over all its sessions. warmup and closing are in epochs: the learning rate rises over the first
     and falls over the last (inf: as soon as it is up). check() is called after each epoch; what it returns, a
     dict with val_loss, is logged and decides about the early stop.
@@ -205,9 +205,9 @@ def fit(model, objective, x, run, *, y=None, check=None, epochs, batch_size, lr,
                 break
             model.train()
             started, first = time.monotonic(), state['step']
-            for step, ids in data.batches(len(x), batch_size, seed, epoch, first, x.device):
-                ids = distributed.share(ids)
-                batch = (data.to_float(x[ids]),) if y is None else (data.to_float(x[ids]), y[ids])
+            order = data.batches(len(x), batch_size, seed, epoch, first, x.device)
+            for step, ids, pictures in x.read((step, distributed.share(ids)) for step, ids in order):
+                batch = (data.to_float(pictures),) if y is None else (data.to_float(pictures), y[ids])
                 state['step'] = step + 1
                 for group in opt.param_groups:
                     group['lr'] = rate()
