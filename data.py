@@ -10,7 +10,7 @@ import math
 import random
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +122,14 @@ def load(source=None, limit=None):
         if key in arrays and arrays[key].ndim:
             arrays[key] = arrays[key][:limit]
     return _dataset(name, arrays, classes)
+
+
+def named(ds, names):
+    """The data set with its classes named a,b,c; ValueError if its labels need another number of them."""
+    names, K = names.split(','), len(ds.classes)
+    if len(names) < K or (ds.y_train is not None and len(names) != K):
+        raise ValueError(f'--classes names {len(names)} classes, and the labels of the data have {K}')
+    return replace(ds, classes=names)
 
 
 def find_fashion_mnist():

@@ -3,11 +3,14 @@
 Only here and in ssl.py is `args` known, the namespace of all flags; everything below gets plain values.
 """
 import argparse
+import csv
+import io
 import math
 import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -16,6 +19,7 @@ import distributed
 import evaluate
 import labels
 import nets
+import oracle
 import report
 import runs
 import search as searching
@@ -60,8 +64,8 @@ def run_method(args, typed, trial=None):
     folder = Path('runs') / args.name
     if args.resume and (folder / 'config.json').exists():                  # its data, unless other was typed
         before = runs.read_config(folder)['args']
-        args.data, args.limit = (typed.get(key, before.get(key)) for key in ('data', 'limit'))
-    ds = data.load(args.data, args.limit)
+        vars(args).update({key: typed.get(key, before.get(key)) for key in ('data', 'limit', 'classes') if key in args})
+    ds = dataset_of(args)
     if getattr(args, 'amp', False) is None:
         args.amp = args.net != 'fc' and train.amp_by_default(device)
     config = runs.describe(vars(args), ds, device)
@@ -78,6 +82,12 @@ def run_method(args, typed, trial=None):
             run.withdraw()
             raise
     distributed.stop()
+
+
+def dataset_of(args):
+    """The data of --data and --limit, its classes named by --classes."""
+    ds, names = data.load(args.data, args.limit), getattr(args, 'classes', None)
+    return data.named(ds, names) if names else ds
 
 
 def represent(run, args, ds, device, trial=None):
@@ -117,8 +127,7 @@ def classify(run, args, ds, device, trial=None):
                          f'number of classes, to {len(ds.x_train):,}, the number of pictures')
     model = classifier_of(args, ds, device)
     if distributed.rank() == 0:
-        oracle = ds.y_train.__getitem__
-        paid = labels.LabelDatabase(run.folder / 'labels.sqlite', oracle, n, ds.digest)
+        paid = labels.LabelDatabase(run.folder / 'labels.sqlite', ds.y_train.__getitem__, n, ds.digest)
         if paid.spent < n:                                             # not resumed: choose, then pay
             paid.reveal(pick(args, ds, model, n, device))
         chosen = paid.revealed()
@@ -143,8 +152,13 @@ def classify(run, args, ds, device, trial=None):
 def query(run, args, ds, device, trial=None):
     """From no label at all: ask for a few, learn from them and from all other pictures, ask for those that then
     say most, until the budget is spent or the accuracy reached; then close, and score on the test set."""
-    if ds.y_train is None:
-        raise ValueError('--method query needs labels to reveal, and the data has no y_train')
+    if args.oracle == 'data' and ds.y_train is None:
+        raise ValueError('--method query needs labels to reveal, and the data has no y_train; --oracle web asks you')
+    if args.oracle != 'data' and len(ds.classes) < 2:
+        raise ValueError(f'--oracle {args.oracle} needs two classes or more, and the data names {len(ds.classes)}; '
+                         'say for instance --classes cat,dog,other')
+    if args.oracle != 'data' and distributed.world() > 1:
+        raise ValueError(f'--oracle {args.oracle} works with one process only')
     if not len(ds.classes) <= args.budget <= len(ds.x_train):
         raise ValueError(f'--budget {args.budget:,} is out of range; wanted from {len(ds.classes)}, the number of '
                          f'classes, to {len(ds.x_train):,}, the number of pictures')
@@ -154,73 +168,117 @@ def query(run, args, ds, device, trial=None):
     asking = Asking(run, args, ds, model, device)
     objective = partial(objective_of(args), labelled=lambda: asking.labelled)
     check = trial.scored(None, asking.estimate) if trial else None
-    seconds = train_model(run, args, model, objective, asking.x, check=check, plan=asking.plan,
-                          after_step=partial(model.follow, args.ema))
-    if trial:
-        trial.complete(run, seconds)
-    elif distributed.rank() == 0:
-        score(run, args, ds, model, device, seconds)
+    try:
+        seconds = train_model(run, args, model, objective, asking.x, check=check, plan=asking.plan,
+                              after_step=asking.after_step)
+        if trial:
+            trial.complete(run, seconds)
+        elif distributed.rank() == 0:
+            score(run, args, ds, model, device, seconds)
+    finally:
+        if args.oracle == 'web':
+            asking.person.close()
 
 
 class Asking:
     """The rounds of --method query: every --round-epochs epochs a round asks for labels, the last asks for none,
-    and --closing epochs follow. What was asked is in the database, so that a resumed run asks nothing twice and
-    trains each epoch on the labels that it had."""
+    and --closing epochs follow. What was asked is in the database, so that a resumed run asks nothing twice, puts
+    the same questions again that were open, and trains each epoch on the labels that it had."""
 
     def __init__(self, run, args, ds, model, device):
         self.args, self.ds, self.model, self.device, self.run = args, ds, model, device, run
         self.x, self.labelled = ds.x_train.to(device), None
         self.encode = representation(args, model, None, device)[0]
+        self.done, self.began, self.ahead, self.more = 0, 0.0, 0, True
         if distributed.rank() == 0:
-            self.paid = labels.LabelDatabase(run.folder / 'labels.sqlite', ds.y_train.__getitem__, args.budget,
-                                             ds.digest)
+            reveal = ds.y_train.__getitem__ if args.oracle == 'data' else None
+            def database():
+                return labels.LabelDatabase(run.folder / 'labels.sqlite', reveal, args.budget, ds.digest)
+            self.paid = database()
+            if args.oracle == 'web':
+                self.person = oracle.Web(database(), ds.x_train, ds.classes, args.rounds, self.left)
+            elif args.oracle == 'file':
+                self.person = oracle.File(self.paid, ds.x_train, ds.classes, args.answers, run.folder)
 
-    def plan(self, epoch, seconds):
+    def plan(self, epoch, seconds, pause):
         """train.fit's plan: asks where a round is due, sets `labelled`, returns the number of epochs."""
         answer = None
         if distributed.rank() == 0:
             now, inside = divmod(epoch - 1, self.args.round_epochs)
             rounds = self.paid.rounds()
-            if inside == 0 and now not in rounds and all(asked for asked, _ in rounds.values()):
-                self.ask(now, epoch, seconds)
-                rounds = self.paid.rounds()
+            due = now not in rounds and all(asked for asked, _ in rounds.values())
+            while inside == 0 and (due or self.paid.unanswered(now) or not self.paid.spent):
+                if not self.paid.unanswered(now):
+                    self.ask(now)
+                if self.paid.unanswered(now):
+                    with pause() as stop:
+                        if why := self.person.collect(now, stop):
+                            raise train.Stopped(why)
+                self.say(now, epoch, seconds)
+                due, rounds = False, self.paid.rounds()
             ended = [r for r, (asked, _) in rounds.items() if not asked]
             last = ended[0] if ended else self.args.rounds
             answer = *self.paid.revealed(up_to=now), last * self.args.round_epochs + self.args.closing
+            self.more = now + 1 < last
+            ends = (now + 1) * self.args.round_epochs if self.more else answer[2]
+            self.ahead = (ends - epoch + 1) * data.steps_per_epoch(len(self.x), self.args.batch_size)
         ids, y, epochs = distributed.from_first(answer)
         self.labelled = self.x[ids.to(self.device)], y.to(self.device)
+        self.done, self.began = 0, time.monotonic()
         return epochs
+
+    def after_step(self):
+        self.model.follow(self.args.ema)
+        self.done += 1
+
+    def left(self):
+        """(seconds of training until the next questions or the end, or None where it is not known yet; whether
+        there will be questions)."""
+        done = self.done
+        return (time.monotonic() - self.began) / done * max(0, self.ahead - done) if done else None, self.more
 
     def estimate(self):
         """The newest estimate of the accuracy; 0 before there is one."""
         return max((r, estimate or 0.0) for r, (_, estimate) in self.paid.rounds().items())[1]
 
-    def ask(self, now, epoch, seconds):
-        """One round: predict all pictures, estimate the accuracy, choose whom to ask about, pay, say so."""
+    def ask(self, now):
+        """One round: predict all pictures, estimate the accuracy, choose whom to ask about, write it down; pay, where
+        the labels are at hand."""
         args, beliefs, estimate = self.args, None, None
         n = args.budget * (now + 1) // args.rounds - self.paid.spent if now < args.rounds else 0
         known, y = (t.to(self.device) for t in self.paid.revealed())
+        rest = torch.ones(len(self.x), dtype=torch.bool)                    # never asked about
+        rest[self.paid.asked()] = False
+        if not rest.any() and not self.paid.spent:
+            raise ValueError('every picture was skipped, so there is no label to learn from')
         h = evaluate.in_chunks(self.encode, self.x)
         probs, h = self.model.teacher.head(h).softmax(1).detach(), F.normalize(h, dim=1)
         if now:
-            ids, agreed = labels.pick_informative(n, probs, h, known, y, f'{args.seed} round {now}')
+            ids, agreed = labels.pick_informative(n, probs, h, known, y, f'{args.seed} round {now}', self.paid.asked())
             estimate = labels.estimate_accuracy(probs, agreed, self.paid.surprises(now - 3))
             if args.until is not None and estimate is not None and estimate >= args.until:
                 n, ids = 0, ids[:0]
         if args.pick == 'random':
-            ids = labels.pick_random(len(self.x), len(self.x), args.seed)[self.paid.spent:][:n]
+            ids = labels.pick_random(len(self.x), len(self.x), args.seed)
+            ids = ids[rest[ids]][:n]
         elif not now:
             look = h if args.encoder else F.normalize(data.to_float(self.x).flatten(1), dim=1)   # untrained says less
-            ids = labels.pick_coverage(n, look, args.seed)
+            ids = rest.nonzero()[:, 0]
+            ids = ids[labels.pick_coverage(min(n, len(ids)), look[ids.to(self.device)], args.seed)]
         if now:
             sure, guess = probs[ids].max(1)
             beliefs = list(zip(guess.tolist(), sure.tolist(), agreed[ids].int().tolist()))
-        got = self.paid.reveal(ids, now, beliefs, estimate)
+        (self.paid.reveal if args.oracle == 'data' else self.paid.ask)(ids, now, beliefs, estimate)
+
+    def say(self, now, epoch, seconds):
+        """Print a round that is over."""
+        args, estimate = self.args, self.paid.rounds()[now][1]
+        asked, given, skipped, wrong = self.paid.tally(now)
         each = torch.bincount(self.paid.revealed()[1], minlength=len(self.ds.classes)).tolist()
-        left = (args.rounds - now if n else 0) * args.round_epochs + args.closing
-        print(f'round {now}: {len(got)} asked, {self.paid.spent} of {args.budget} spent, by class {each}'
-              + (f', {100 * sum(g != b[0] for g, b in zip(got.tolist(), beliefs)) / len(got):.0f} % of them had been '
-                 'wrong' if beliefs else '')
+        left = (args.rounds - now if asked else 0) * args.round_epochs + args.closing
+        print(f'round {now}: {given} asked, ' + (f'{skipped} skipped, ' if skipped else '')
+              + f'{self.paid.spent} of {args.budget} spent, by class {each}'
+              + (f', {100 * wrong:.0f} % of them had been wrong' if wrong is not None else '')
               + (f', estimated accuracy {100 * estimate:.1f} %' if estimate is not None else '')
               + (f', about {runs.clock(seconds / (epoch - 1) * left)} left' if now else ''), flush=True)
 
@@ -233,10 +291,28 @@ def score(run, args, ds, model, device, seconds):
         """Class probabilities; where training mirrored pictures, the mean of those of both ways round."""
         return logits(x).softmax(1) + (logits(x.flip(3)).softmax(1) if args.flip else 0)
     metrics = {'labels': paid.spent, **evaluate.measure_classifier(ds, probs, device)}
+    if args.method == 'query':
+        write_predictions(run.folder, evaluate.in_chunks(probs, ds.x_train.to(device)).cpu(), paid, ds.classes)
     estimates = [estimate for _, estimate in paid.rounds().values() if estimate is not None]
     if estimates:
         metrics.update(estimate=estimates[-1], rounds=len(paid.rounds()))
     complete(run, args, metrics, seconds, began)
+
+
+def write_predictions(folder, probs, paid, classes):
+    """predictions.csv and predictions.npz: of every training picture its class and how sure that is; where the
+    oracle gave the label, that label, at confidence 1."""
+    confidence, label = (probs / probs.sum(1, keepdim=True)).max(1)
+    given, (ids, y) = torch.zeros(len(probs), dtype=torch.bool), paid.revealed()
+    given[ids], confidence[ids], label[ids] = True, 1.0, y
+    text, blob = io.StringIO(), io.BytesIO()
+    table = csv.writer(text, lineterminator='\n')
+    table.writerow(['id', 'label', 'class', 'confidence', 'given'])
+    table.writerows([i, k, classes[k], f'{p:.4f}', int(g)] for i, (k, p, g) in
+                    enumerate(zip(label.tolist(), confidence.tolist(), given.tolist())))
+    np.savez(blob, label=label, confidence=confidence, given=given, classes=np.array(classes))
+    runs.write_atomic(folder / 'predictions.csv', text.getvalue().encode())
+    runs.write_atomic(folder / 'predictions.npz', blob.getvalue())
 
 
 class Trial:
@@ -257,7 +333,7 @@ class Trial:
             return {**row, 'score': -row['val_loss'] if self.by_loss else accuracy()}
         return both
 
-    def plan(self, epochs, epoch, seconds):
+    def plan(self, epochs, epoch, seconds, pause):
         """Number of epochs: as many as planned, or no more if it is hopeless."""
         curve = self.curve[:epoch - 1]
         return distributed.from_first(epoch - 1 if curve and searching.hopeless(curve, self.others) else epochs)
@@ -427,7 +503,7 @@ def evaluate_again(folder, device):
     config = runs.read_config(folder)
     args = argparse.Namespace(**config['args'])
     device = pick_device(device)
-    ds = data.load(args.data, args.limit)
+    ds = dataset_of(args)
     if ds.digest != config['data']['digest']:
         raise ValueError(f'{folder} was made from other data than {args.data or "Fashion-MNIST here"}')
     run = runs.Run(folder, config, resume=True)

@@ -46,6 +46,9 @@ else:
         'head': dict(classify='linear', query='linear'),
         'mixup': dict(classify=0.2),
         'sam': dict(classify=0.0, query=0.0),
+        'oracle': dict(query='data'),
+        'answers': dict(query=None),
+        'classes': dict(query=None),
         'budget': dict(query=1000),
         'until': dict(query=None),
         'rounds': dict(query=10),
@@ -94,6 +97,13 @@ else:
         if not text:
             raise argparse.ArgumentTypeError('it is empty; wanted a path')
         return text
+
+    def names(text):
+        """Type of --classes: 'a,b,c', none empty or twice."""
+        parts = [part.strip() for part in text.split(',')]
+        if not all(parts) or len(set(parts)) < len(parts) or not text.isprintable():
+            raise argparse.ArgumentTypeError(f'{text!r} is not understood; wanted different names as in cat,dog,other')
+        return ','.join(parts)
 
     def choice(*names):
         """Type of a flag: one of the names; a misspelt one is answered with the nearest."""
@@ -199,6 +209,12 @@ else:
              type=number(float, 0, 100), metavar='RHO')
 
         g = p.add_argument_group('queries')
+        flag(g, '--oracle', 'who answers: data (y_train), web (you, on a page that it serves to this machine alone) or '
+             'file (an --answers CSV)', type=choice('data', 'web', 'file'), metavar='NAME')
+        flag(g, '--answers', 'CSV of lines id,class, of names or indices, for --oracle file; it may grow between '
+             '--resumes', type=path, metavar='CSV')
+        flag(g, '--classes', 'what the classes are called; needed where no labels of the data tell', type=names,
+             metavar='A,B,C')
         flag(g, '--budget', 'how many labels to pay for at most', type=count, metavar='N')
         flag(g, '--until', 'stop asking when the accuracy, estimated from the answers, reaches this share',
              type=number(float, 0, 1, above=True), metavar='X')
@@ -250,6 +266,10 @@ else:
             parser.error(f'--name {typed["name"]!r} is not a plain folder name')
         if ('search' in typed) != ('over' in typed):
             parser.error('--search N and --over FLAG=LOW:HIGH go together')
+        if ('answers' in typed) != (typed.get('oracle') == 'file') and 'resume' not in typed:
+            parser.error('--oracle file and --answers CSV go together')
+        if 'search' in typed and typed.get('oracle', 'data') != 'data':
+            parser.error(f'--search would ask for labels in every trial; leave --oracle {typed["oracle"]} out')
         if 'search' in typed and method not in PER_METHOD['lr']:
             parser.error(f'--search tries settings of training, and --method {method} has none')
         types = {a.dest: a.type for a in parser._actions}
