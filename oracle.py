@@ -92,9 +92,9 @@ class Web:
 
     def collect(self, round, stop):
         """Waits until the person has answered the round, or a signal came."""
-        print(f'round {round}: {len(self.paid.unanswered(round))} pictures wait for you at {self.address}', flush=True)
         with self.lock:
-            self.round = round
+            self.round, n = round, len(self.paid.unanswered(round))
+        print(f'round {round}: {n} pictures wait for you at {self.address}', flush=True)
         try:
             while self.unanswered(round) and not stop:
                 self.answered.wait(0.2)
@@ -219,11 +219,11 @@ STYLE = '''
 [hidden] { display: none !important }
 body { margin: 0; min-height: 100vh; background: var(--ground); color: var(--ink);
   font: 16px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif }
-main { max-width: 66rem; margin: 0 auto; padding: 1rem; display: grid; gap: 1rem }
+main { max-width: 58rem; margin: 0 auto; padding: 1rem; display: grid; gap: 1rem }
 h1 { font-size: 1.15rem; font-weight: 650; margin: 0 }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 1rem;
   display: grid; place-items: center }
-img { width: min(100%, 40vh, 40rem); aspect-ratio: 1; object-fit: contain; image-rendering: pixelated;
+img { width: min(100%, 33vh, 28rem); aspect-ratio: 1; object-fit: contain; image-rendering: pixelated;
   border-radius: 6px }
 figure[aria-busy=true] img { opacity: .25 }
 progress { width: 100%; height: .55rem; margin: .45rem 0 0; accent-color: var(--accent); display: block }
@@ -245,7 +245,8 @@ dt { color: var(--soft); font-size: .8rem } dd { margin: 0; font-weight: 600; fo
 #wait h1 { font-size: 1.5rem } #wait progress { max-width: 16rem }
 #error { background: #b3261e; color: #fff; border-radius: 10px; padding: .6rem .9rem }
 @media (min-width: 800px) { main.two { grid-template-columns: 1fr 21rem; align-items: start; padding: 2rem }
-  main.two #error { grid-column: 1 / -1 } img { width: min(100%, 76vh) } }
+  main.two #error { grid-column: 1 / -1 } img { width: min(100%, 76vh, 28rem) } }
+@media (pointer: coarse) { kbd { display: none } }
 '''
 
 SCRIPT = '''
@@ -291,9 +292,9 @@ function show(news) {
   if (!asks) {
     shown = null;
     busy = false;
-    text('status', state.more ? 'Training' : 'All answers are given. Training on');
-    text('left', (state.left === null ? 'How long it takes is not known yet.' : 'About ' + state.left + ' left.'));
-    text('then', state.more ? 'The next pictures appear here by themselves.' : 'You can close this page.');
+    text('status', 'Training' + (state.left === null ? '' : ', about ' + state.left + ' left'));
+    text('then', state.more ? 'The next pictures appear here by themselves.'
+                            : 'All answers are given; you can close this page.');
     document.title = 'Training';
     text('live', state.more ? 'Training. The next pictures appear by themselves.' : 'All answers are given.');
     return;
@@ -346,7 +347,7 @@ PAGE = f'''<!doctype html>
 <p id="error" role="alert" hidden></p>
 <p id="live" class="hear" aria-live="polite"></p>
 <section id="wait"><h1 id="status">One moment</h1><progress aria-label="Training"></progress>
-<p id="left" class="soft"></p><p id="then" class="soft"></p></section>
+<p id="then" class="soft"></p></section>
 <figure id="ask" aria-busy="true" hidden><img id="picture" alt=""></figure>
 <section id="panel" class="panel" aria-label="Your answer" hidden>
 <div><h1 id="place"></h1><progress id="bar" aria-label="Progress of this round"></progress></div>

@@ -186,7 +186,7 @@ class Asking:
     the same questions again that were open, and trains each epoch on the labels that it had."""
 
     def __init__(self, run, args, ds, model, device):
-        self.args, self.ds, self.model, self.device, self.run = args, ds, model, device, run
+        self.args, self.ds, self.model, self.device = args, ds, model, device
         self.x, self.labelled = ds.x_train.to(device), None
         self.encode = representation(args, model, None, device)[0]
         self.done, self.began, self.ahead, self.more = 0, 0.0, 0, True
@@ -228,7 +228,8 @@ class Asking:
         return epochs
 
     def after_step(self):
-        self.model.follow(self.args.ema)
+        args = self.args
+        self.model.follow(args.ema)
         self.done += 1
 
     def left(self):
