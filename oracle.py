@@ -343,7 +343,7 @@ document.addEventListener('keydown', e => {
 
 PAGE = f'''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Labels</title><style>{STYLE}</style></head><body><main id="main">
+<title>Labels</title><link rel="icon" href="0.png"><style>{STYLE}</style></head><body><main id="main">
 <p id="error" role="alert" hidden></p>
 <p id="live" class="hear" aria-live="polite"></p>
 <section id="wait"><h1 id="status">One moment</h1><progress aria-label="Training"></progress>

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import pickle
+import select
 import shlex
 import shutil
 import signal
@@ -1663,7 +1664,8 @@ def page(n=6, budget=9, classes='cat,dog,other'):
         paid = labels.LabelDatabase(f / 'l.sqlite', None, budget, 'abc')
         paid.ask(range(n))
         web = oracle.Web(labels.LabelDatabase(f / 'l.sqlite', None, budget, 'abc'),
-                         torch.from_numpy(pictures(20)[0])[:, None], classes.split(','), 2, lambda: (75, True))
+                         torch.from_numpy(pictures(max(n + 1, 20))[0])[:, None], classes.split(','), 2,
+                         lambda: (75, True))
         stop = []
         with contextlib.redirect_stdout(io.StringIO()):
             waiting = threading.Thread(target=web.collect, args=(0, stop))
@@ -1782,6 +1784,116 @@ def test_on_the_page_an_answer_is_saved_at_once_and_can_be_skipped_and_taken_bac
         assert news == {'spent': 6, 'budget': 9, 'classes': first['classes'], 'rounds': 2, 'question': None,
                         'left': '1:15', 'more': True}
         assert asked(web, 'undo', {'id': 5})[0] == 409 and paid.spent == 6
+
+
+class Browser:
+    """A headless Chromium that is told what to do in the DevTools protocol over a pipe: JSON, each message ended by
+    NUL. Whatever the page complains about is in `complaints`."""
+
+    def __init__(self):
+        names = 'chromium', 'chromium-browser', 'google-chrome', 'chrome'
+        program = next(filter(None, map(shutil.which, names)), None)
+        if program is None or os.name != 'posix':
+            raise unittest.SkipTest('there is no chromium in the PATH')
+        self.home = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        (orders, self.out), (self.back, replies) = os.pipe(), os.pipe()
+        wire = 'for a, b in (o, 98), (r, 99), (98, 3), (99, 4): os.dup2(a, b)'    # it reads from 3 and writes to 4
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', f'import os, sys; o, r = {orders}, {replies}\n{wire}\nos.execv(sys.argv[1], '
+             'sys.argv[1:])', program, '--headless=new', '--no-sandbox', '--disable-gpu',
+             '--disable-dev-shm-usage', '--remote-debugging-pipe', f'--user-data-dir={self.home.name}'],
+            pass_fds=(orders, replies), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(orders), os.close(replies)
+        self.number, self.rest, self.complaints, self.session = 0, b'', [], {}
+        target = self.tell('Target.createTarget', url='about:blank')['targetId']
+        self.session = {'sessionId': self.tell('Target.attachToTarget', targetId=target, flatten=True)['sessionId']}
+        for domain in 'Page', 'Runtime', 'Log':
+            self.tell(f'{domain}.enable')
+
+    def tell(self, method, **params):
+        """The result of a command; a browser that says nothing for a minute is an error."""
+        self.number += 1
+        order = {'id': self.number, 'method': method, 'params': params, **self.session}
+        os.write(self.out, json.dumps(order).encode() + b'\0')
+        while True:
+            while b'\0' not in self.rest:
+                part = select.select([self.back], [], [], 60)[0] and os.read(self.back, 1 << 16)
+                assert part, 'the browser has ended or hangs'
+                self.rest += part
+            message, _, self.rest = self.rest.partition(b'\0')
+            message = json.loads(message)
+            if message.get('method') in ('Log.entryAdded', 'Runtime.exceptionThrown'):
+                self.complaints.append(message['params'])
+            if message.get('id') == self.number:
+                assert 'error' not in message, message
+                return message['result']
+
+    def value(self, expression):
+        return self.tell('Runtime.evaluate', expression=expression, returnByValue=True)['result'].get('value')
+
+    def until(self, expression):
+        end = time.monotonic() + 30
+        while not self.value(expression):
+            assert time.monotonic() < end, (expression, self.value('document.body.innerText'), self.complaints)
+            time.sleep(0.01)
+
+    def press(self, key, **more):
+        code = f'Digit{key}' if key.isdecimal() else f'Key{key.upper()}' if len(key) == 1 else key
+        for kind in 'keyDown', 'keyUp':
+            self.tell('Input.dispatchKeyEvent', type=kind, key=key, code=code, **more)
+
+    def close(self):
+        os.close(self.out), os.close(self.back)                           # without orders it ends by itself
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        self.process.kill()
+        self.process.wait()
+        self.home.cleanup()
+
+
+def test_in_a_browser_thirty_pictures_are_labelled_by_keys_with_a_reload_on_the_way():
+    with contextlib.closing(Browser()) as browser, page(32, 40) as (web, paid):
+        def shows(k):
+            browser.until(f"""document.getElementById('ask')?.getAttribute('aria-busy') === 'false' &&
+                document.getElementById('place').textContent === 'Picture {k} of 32' &&
+                document.getElementById('picture').naturalWidth === 12""")
+        browser.tell('Page.navigate', url=web.address)
+        for k in range(30):
+            shows(k + 1)
+            browser.press(str(k % 3 + 1))
+            if k == 13:
+                shows(k + 2)
+                browser.tell('Page.reload')
+            if k == 20:                                                   # a slip, taken back; and keys that do nothing
+                shows(k + 2)
+                for key, more in ('4', {}), ('0', {}), ('x', {}), ('1', {'modifiers': 2}), ('1', {'autoRepeat': True}):
+                    browser.press(key, **more)
+                browser.press('u')
+                shows(k + 1)
+                browser.press(str(k % 3 + 1))
+        shows(31)
+        assert [t.tolist() for t in paid.revealed()] == [list(range(30)), [k % 3 for k in range(30)]]
+        assert paid.db.execute('SELECT id, label FROM undone').fetchall() == [(20, 2)]
+        assert browser.value("document.getElementById('budget').textContent") == '10 of 40'
+        browser.press('s')
+        shows(32)
+        assert paid.unanswered(0) == [31] and paid.spent == 30
+        browser.value("[...document.querySelectorAll('button')].find(b => b.innerText.includes('dog')).click()")
+        browser.until("document.body.innerText.includes('Training, about 1:15 left')")
+        assert paid.revealed()[1].tolist()[-1] == 1 and paid.spent == 31
+        paid.ask([32], 1)
+        following = threading.Thread(target=web.collect, args=(1, []))
+        following.start()                                                 # which the page notices by itself
+        browser.until("document.getElementById('place').textContent === 'Picture 1 of 1' && !busy")
+        browser.press('3')
+        following.join(30)
+        assert not following.is_alive() and paid.revealed()[1].tolist()[-1] == 2
+        fetched = browser.value("performance.getEntriesByType('resource').map(e => e.name)")
+        assert fetched and all(name.startswith(web.address) for name in fetched), fetched
+        assert browser.value("document.querySelectorAll('img:not([alt]), button:empty').length") == 0
+        assert not browser.complaints, browser.complaints
+        web.close()
+        browser.until("document.getElementById('error').innerText.includes('--resume')")
 
 
 @contextlib.contextmanager
@@ -1903,7 +2015,7 @@ def test_what_is_skipped_is_never_asked_again_and_costs_nothing():
 def test_answers_from_a_file_make_the_same_run_and_what_is_missing_is_written_down():
     y = arrays()['y_train']
     with folder() as cwd:
-        write_npz(cwd / 'tiny.npz', x_train=arrays()['x_train'], x_test=arrays()['x_test'], y_test=arrays()['y_test'])
+        write_npz(cwd / 'tiny.npz', **{k: v for k, v in arrays().items() if k != 'y_train'})
         there, answers = cwd / 'runs' / 'query', cwd / 'a.csv'
         flags = tiny('query', '--oracle', 'file', '--answers', 'a.csv', '--classes', 'cat,dog,other', '--resume')
         for r, n in (0, 7), (1, 8):
@@ -1944,7 +2056,8 @@ def test_a_mistake_in_a_file_of_answers_is_one_sentence_that_names_the_line():
         assert read('1,3\n2,5', ('3', '5')) == {1: 0, 2: 1} and read('') == {}
         assert read('1,?', ('?', 'x')) == {1: 0}
         for text, said in (('1,cat\n2', 'line 2'), ('1,cat,0.9', '3 columns'), ('x,cat', "'x'"), ('20,cat', '0 to 19'),
-                           ('-1,cat', "'-1'"), ('1.0,cat', "'1.0'"), ('9' * 5000 + ',cat', 'line 1'), ('1,cow', "'cow'"),
+                           ('-1,cat', "'-1'"), ('1.0,cat', "'1.0'"), ('9' * 5000 + ',cat', 'line 1'),
+                           ('1,cow', "'cow'"),
                            ('1,2', "'2'"), ('1,Cat', 'cat, dog'), ('1,cat\n1,dog', 'line 2'), ('\u0661,cat', 'id from'),
                            (b'1,\xff', 'readable'), (b'1,"' + b'x' * 200000, 'readable'), (b'1,\0', 'a.csv'),
                            ('id,label\nid,label', 'line 2'), ('1;cat', 'a.csv')):
