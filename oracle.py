@@ -36,13 +36,15 @@ class File:
         if not missing:
             for i in ids:
                 self.paid.answer(i, answers[i], round)
+            for name in ('wanted.csv', 'wanted.png'):
+                (self.folder / name).unlink(missing_ok=True)
             return None
         wanted = ''.join(f'{i},\n' for i in missing)
         runs.write_atomic(self.folder / 'wanted.csv', f'id,label\n{wanted}'.encode())
         report.write_png(self.folder / 'wanted.png', report.sheet(
             *(report.captioned(self.x[missing], missing) / 255).split(10), gap=6, zoom=1))
-        return (f'{len(missing)} pictures want a label: they are in {self.folder}/wanted.png; add the lines of '
-                f'{self.folder}/wanted.csv, filled in, to {self.path}')
+        return (f'labels missing: {len(missing)}; the pictures are in {self.folder}/wanted.png; fill in the lines of '
+                f'{self.folder}/wanted.csv and add them to {self.path}')
 
     def read(self):
         """{id: class index, or None for can't tell} of the file; ValueError names the first line that is wrong."""
@@ -94,7 +96,7 @@ class Web:
         """Waits until the person has answered the round, or a signal came."""
         with self.lock:
             self.round, n = round, len(self.paid.unanswered(round))
-        print(f'round {round}: {n} pictures wait for you at {self.address}', flush=True)
+        print(f'round {round}: {n} to label at {self.address}', flush=True)
         try:
             while self.unanswered(round) and not stop:
                 self.answered.wait(0.2)

@@ -68,6 +68,7 @@ else:
   python ssl.py --method simclr                  7 epochs in about 8 min: probe 86 %, k-means ACC .62
   python ssl.py --method classify --encoder runs/simclr --labels 0.1     about 90 % of the test set right
   python ssl.py --method simclr --tau 0.5        another temperature, kept as runs/simclr-tau=0.5
+  python ssl.py --method query --oracle web --data my.npz --classes cat,dog,other      label them yourself, on a page
   python ssl.py --method conv --data my.npz      your own pictures: x_train (N, H, W) or (N, H, W, 3) uint8
   python ssl.py --compare                        one table of all finished runs"""
 
