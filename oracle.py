@@ -224,7 +224,7 @@ body { margin: 0; min-height: 100vh; background: var(--ground); color: var(--ink
 main { max-width: 58rem; margin: 0 auto; padding: 1rem; display: grid; gap: 1rem }
 h1 { font-size: 1.15rem; font-weight: 650; margin: 0 }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 1rem;
-  display: grid; place-items: center }
+  display: grid; place-items: center; position: sticky; top: .5rem; z-index: 1 }
 img { width: min(100%, 33vh, 28rem); aspect-ratio: 1; object-fit: contain; image-rendering: pixelated;
   border-radius: 6px }
 figure[aria-busy=true] img { opacity: .25 }
@@ -244,7 +244,8 @@ kbd { font: 600 .8rem/1 ui-monospace, monospace; color: var(--accent); border: 1
 dl { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin: 0 }
 dt { color: var(--soft); font-size: .8rem } dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums }
 #wait { text-align: center; padding: 22vh 1rem; display: grid; gap: .6rem; justify-items: center }
-#wait h1 { font-size: 1.5rem } #wait progress { max-width: 16rem }
+#wait h1 { font-size: 1.35rem; text-wrap: balance }
+#wait p { max-width: 30rem; text-wrap: balance } #wait progress { max-width: 16rem }
 #error { background: #b3261e; color: #fff; border-radius: 10px; padding: .6rem .9rem }
 @media (min-width: 800px) { main.two { grid-template-columns: 1fr 21rem; align-items: start; padding: 2rem }
   main.two #error { grid-column: 1 / -1 } img { width: min(100%, 76vh, 28rem) } }
@@ -269,10 +270,23 @@ async function call(path, body) {
   } catch (e) {
     if (mine !== turn) return;
     busy = false;
-    $('error').textContent = e instanceof TypeError ? 'The program has ended. All answers are saved. If it was not ' +
-      'finished, type its command again with --resume and open the address that it prints.' : e.message;
+    if (e instanceof TypeError) return wait('The program has ended', 'All earlier answers are saved. If it was not ' +
+      'finished, type its command again with --resume and open the address that it prints.', false);
+    $('error').textContent = e.message;
     $('error').hidden = false;
   }
+}
+
+function wait(status, then, runs) {
+  shown = null;
+  $('ask').hidden = $('panel').hidden = true;
+  $('wait').hidden = false;
+  $('runs').hidden = !runs;
+  $('main').className = '';
+  document.title = runs ? 'Training' : 'Ended';
+  text('status', status);
+  text('then', then);
+  text('live', runs ? 'Training. ' + then : status + '. ' + then);
 }
 
 function text(id, value) { if ($(id).textContent !== value) $(id).textContent = value; }
@@ -288,19 +302,15 @@ function show(news) {
     button.onclick = () => answer(k);
     $('classes').append(button);
   });
-  $('ask').hidden = $('panel').hidden = !asks;
-  $('wait').hidden = asks;
-  $('main').className = asks ? 'two' : '';
   if (!asks) {
-    shown = null;
     busy = false;
-    text('status', 'Training' + (state.left === null ? '' : ', about ' + state.left + ' left'));
-    text('then', state.more ? 'The next pictures appear here by themselves.'
-                            : 'All answers are given; you can close this page.');
-    document.title = 'Training';
-    text('live', state.more ? 'Training. The next pictures appear by themselves.' : 'All answers are given.');
-    return;
+    return wait('Training' + (state.left === null ? '' : ', about ' + state.left + ' left'),
+                state.more ? 'The next pictures appear here by themselves.'
+                           : 'All answers are given; you can close this page.', true);
   }
+  $('ask').hidden = $('panel').hidden = false;
+  $('wait').hidden = true;
+  $('main').className = 'two';
   const place = 'Picture ' + (state.done + 1) + ' of ' + state.of;
   text('place', place);
   text('live', place);
@@ -348,7 +358,7 @@ PAGE = f'''<!doctype html>
 <title>Labels</title><link rel="icon" href="0.png"><style>{STYLE}</style></head><body><main id="main">
 <p id="error" role="alert" hidden></p>
 <p id="live" class="hear" aria-live="polite"></p>
-<section id="wait"><h1 id="status">One moment</h1><progress aria-label="Training"></progress>
+<section id="wait"><h1 id="status">One moment</h1><progress id="runs" aria-label="Training"></progress>
 <p id="then" class="soft"></p></section>
 <figure id="ask" aria-busy="true" hidden><img id="picture" alt=""></figure>
 <section id="panel" class="panel" aria-label="Your answer" hidden>

@@ -1893,7 +1893,7 @@ def test_in_a_browser_thirty_pictures_are_labelled_by_keys_with_a_reload_on_the_
         assert browser.value("document.querySelectorAll('img:not([alt]), button:empty').length") == 0
         assert not browser.complaints, browser.complaints
         web.close()
-        browser.until("document.getElementById('error').innerText.includes('--resume')")
+        browser.until("document.getElementById('wait').innerText.includes('The program has ended')")
 
 
 @contextlib.contextmanager
