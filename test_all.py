@@ -1950,11 +1950,12 @@ def test_a_person_who_answers_as_y_train_does_gets_the_same_run_however_often_it
 
 def test_a_real_process_killed_while_a_person_answers_keeps_every_answer():
     posix()
-    with folder() as cwd:
+    with folder() as cwd, contextlib.ExitStack() as ended:
         write_npz(cwd / 'tiny.npz', x_train=arrays()['x_train'])
         words = [HERE / 'ssl.py', *tiny('query'), '--oracle', 'web', '--classes', 'a,b,c', '--resume']
         def started():
             process = python(*words, cwd=cwd)
+            ended.callback(process.kill)                                  # whatever fails below
             line = next(line for line in process.stdout if 'http' in line)
             return process, line.split()[2], urllib.parse.urlparse(line.split()[-1])
         def answered(url):
