@@ -11,7 +11,7 @@ import random
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +150,14 @@ def find(dataset):
             return folder
     fetch.unpacked(archive, f'data/{dataset}')
     return Path('data') / dataset
+
+
+def named(ds, names):
+    """The data set with its classes named a,b,c; ValueError if its labels need another number of them."""
+    names, K = names.split(','), len(ds.classes)
+    if len(names) < K or (ds.y_train is not None and len(names) != K):
+        raise ValueError(f'--classes names {len(names)} classes, and the labels of the data have {K}')
+    return replace(ds, classes=names)
 
 
 def find_fashion_mnist():

@@ -1,9 +1,11 @@
 """A database that reveals a label per query, at a price, and remembers what was paid for.
 
 SQLite from the standard library. Training holds a LabelDatabase, never the labels: reveal() is the only
-way to one, and every label it gives was written to disk first.
+way to one, and every label it gives was written to disk first. Where a person answers, ask() writes the questions of a
+round down and answer() each answer, so that a program killed in between goes on with the same questions.
 """
 import sqlite3
+from contextlib import contextmanager
 from datetime import datetime, timezone
 
 import torch
@@ -17,19 +19,22 @@ class LabelDatabase:
 
     oracle: function from a list of ids to their labels, asked only for ids that are paid for. digest: of
     the data set, so that a database is never used with another one. ValueError, one sentence, when the
-    file is damaged, of other data, or a query goes beyond the budget.
+    file is damaged, of other data, or a query goes beyond the budget. A row of `queries` is a question; without a
+    time it is open, with a time and no label it was skipped. `undone` keeps answers that were taken back.
     """
 
     def __init__(self, path, oracle, budget, digest):
         self.path, self.oracle, self.budget = path, oracle, budget
         try:
-            self.db = sqlite3.connect(path, isolation_level=None)
+            self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self.db.execute('PRAGMA synchronous = FULL')                     # on disk before it is used
             self.db.execute('CREATE TABLE IF NOT EXISTS dataset (digest TEXT NOT NULL)')
             self.db.execute('CREATE TABLE IF NOT EXISTS queries (number INTEGER PRIMARY KEY AUTOINCREMENT, '
-                            'id INTEGER NOT NULL UNIQUE, label INTEGER NOT NULL, round INTEGER NOT NULL, '
-                            'time TEXT NOT NULL, guess INTEGER, confidence REAL, agreed INTEGER, '
+                            'id INTEGER NOT NULL UNIQUE, label INTEGER, round INTEGER NOT NULL, '
+                            'time TEXT, guess INTEGER, confidence REAL, agreed INTEGER, '
                             'audit INTEGER)')
+            self.db.execute('CREATE TABLE IF NOT EXISTS undone (id INTEGER NOT NULL, label INTEGER, '
+                            'answered TEXT NOT NULL, time TEXT NOT NULL)')
             self.db.execute('CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, asked INTEGER NOT NULL, '
                             'estimate REAL)')
             row = self.db.execute('SELECT digest FROM dataset').fetchone()
@@ -44,13 +49,34 @@ class LabelDatabase:
     @property
     def spent(self):
         """Number of labels paid for."""
-        return self.db.execute('SELECT count(*) FROM queries').fetchone()[0]
+        return self.db.execute('SELECT count(label) FROM queries').fetchone()[0]
 
     def revealed(self, up_to=1 << 62):
         """(ids, labels) paid for in the rounds up to this one, in the order they were asked: int64 (n,) each."""
-        rows = self.db.execute('SELECT id, label FROM queries WHERE round <= ? ORDER BY number', (up_to,)).fetchall()
+        rows = self.db.execute('SELECT id, label FROM queries WHERE round <= ? AND label IS NOT NULL ORDER BY number',
+                               (up_to,)).fetchall()
         ids, labels = zip(*rows) if rows else ((), ())
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)
+
+    def asked(self):
+        """Ids that were ever asked about, answered or not: int64 (n,)."""
+        rows = self.db.execute('SELECT id FROM queries ORDER BY number').fetchall()
+        return torch.tensor(rows, dtype=torch.int64).view(-1)
+
+    def unanswered(self, round):
+        """Ids of this round's questions that are open, in the order they were asked."""
+        return [i for i, in self.db.execute('SELECT id FROM queries WHERE round = ? AND time IS NULL ORDER BY number',
+                                            (round,))]
+
+    def tally(self, round):
+        """(questions, labels given, skipped, share of the labels that had been guessed wrong or None) of a round."""
+        return self.db.execute('SELECT count(*), count(label), count(time) - count(label), avg(guess != label) '
+                               'FROM queries WHERE round = ?', (round,)).fetchone()
+
+    def last(self, round):
+        """(id, label or None if skipped) of the newest answer, as long as the round is open; else None."""
+        return self.db.execute('SELECT id, label FROM queries WHERE round = ? AND time IS NOT NULL ORDER BY time DESC, '
+                               'number DESC', (round,)).fetchone() if self.unanswered(round) else None
 
     def rounds(self):
         """{round: (labels asked for, accuracy estimated before)} of the rounds that are on disk."""
@@ -60,35 +86,67 @@ class LabelDatabase:
         """What was believed of the pictures asked for from round `since` on, before their labels came: (n, 4) float32
         of confidence, whether the neighbours agreed, whether it was drawn at random, whether the guess was right."""
         rows = self.db.execute('SELECT confidence, agreed, audit, guess = label FROM queries WHERE round >= ? AND '
-                               'guess IS NOT NULL ORDER BY number', (since,)).fetchall()
+                               'guess IS NOT NULL AND label IS NOT NULL ORDER BY number', (since,)).fetchall()
         return torch.tensor(rows, dtype=torch.float32).view(-1, 4)
 
     def reveal(self, ids, round=0, beliefs=None, estimate=None):
-        """Labels (n,) of pictures `ids`; new ones are charged, those known are free. All or nothing: the
-        labels, what was believed of them before, (guess, confidence, agreed, audit) each, and the round."""
+        """Labels (n,) of pictures `ids`, from the oracle; new ones are charged, those known are free. All or nothing:
+        the labels, what was believed of them before, (guess, confidence, agreed, audit) each, and the round."""
         ids = [int(i) for i in ids]
         known = dict(zip(*(t.tolist() for t in self.revealed())))
-        new = list(dict.fromkeys(i for i in ids if i not in known))
-        if len(known) + len(new) > self.budget:
-            raise ValueError(f'{len(new)} more labels were asked for, but {len(known)} of the budget of '
-                             f'{self.budget} are spent')
-        now = datetime.now(timezone.utc).isoformat(timespec='seconds')
-        answers = [int(v) for v in self.oracle(new)] if new else []
-        if min(answers, default=0) < 0:
-            raise ValueError(f'picture {new[answers.index(min(answers))]} has no label to reveal')
         believed = dict(zip(ids, beliefs or [(None,) * 4] * len(ids)))
-        self.db.execute('BEGIN IMMEDIATE')
-        try:
+        new = [i for i in believed if i not in known]
+        known.update(zip(new, self.ask(new, round, [believed[i] for i in new], estimate, self.oracle)))
+        return torch.tensor([known[i] for i in ids], dtype=torch.int64)
+
+    def ask(self, ids, round=0, beliefs=None, estimate=None, oracle=None):
+        """Write down the questions of a round, each with its (guess, confidence, agreed, audit), and the answers if an
+        oracle knows them at once; returns those. All or nothing; an open question is counted against the budget."""
+        ids, now = [int(i) for i in ids], _now() if oracle else None
+        pending = self.db.execute('SELECT count(*) FROM queries WHERE time IS NULL').fetchone()[0]
+        if self.spent + pending + len(ids) > self.budget:
+            raise ValueError(f'{len(ids)} more labels were asked for, but {self.spent + pending} of the budget of '
+                             f'{self.budget} are spent')
+        answers = [int(v) for v in oracle(ids)] if oracle and ids else [None] * len(ids)
+        if any(a is not None and a < 0 for a in answers):
+            raise ValueError('a picture was asked for that has no label to reveal')
+        with self.transaction():
             self.db.executemany('INSERT INTO queries (id, label, round, time, guess, confidence, agreed, '
                                 'audit) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
-                                [(i, label, round, now, *believed[i]) for i, label in zip(new, answers)])
-            self.db.execute('INSERT OR IGNORE INTO rounds VALUES (?, ?, ?)', (round, len(new), estimate))
+                                [(i, label, round, now, *belief) for i, label, belief
+                                 in zip(ids, answers, beliefs or [(None,) * 4] * len(ids))])
+            self.db.execute('INSERT OR IGNORE INTO rounds VALUES (?, ?, ?)', (round, len(ids), estimate))
+        return answers
+
+    def answer(self, id, label, round):
+        """Write down the label of an open question of this round, or with None that it can't be told, which costs
+        nothing. False, and nothing changes, if the question is not open."""
+        with self.transaction():
+            return self.db.execute('UPDATE queries SET label = ?, time = ? WHERE id = ? AND round = ? AND time IS NULL',
+                                   (label, _now(), id, round)).rowcount == 1
+
+    def undo(self, id, round):
+        """Open the question again whose answer was the last of this round. False if that was not `id`."""
+        with self.transaction():
+            if (last := self.last(round)) is None or last[0] != id:
+                return False
+            self.db.execute('INSERT INTO undone SELECT id, label, time, ? FROM queries WHERE id = ?', (_now(), id))
+            return self.db.execute('UPDATE queries SET label = NULL, time = NULL WHERE id = ?', (id,)).rowcount == 1
+
+    @contextmanager
+    def transaction(self):
+        """What is written in the block is written whole or not at all."""
+        self.db.execute('BEGIN IMMEDIATE')
+        try:
+            yield
             self.db.execute('COMMIT')
         except BaseException:
             self.db.execute('ROLLBACK')
             raise
-        known.update(zip(new, answers))
-        return torch.tensor([known[i] for i in ids], dtype=torch.int64)
+
+
+def _now():
+    return datetime.now(timezone.utc).isoformat(timespec='microseconds')
 
 
 def pick_random(n, total, seed):

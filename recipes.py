@@ -3,6 +3,8 @@
 Only here and in ssl.py is `args` known, the namespace of all flags; everything below gets plain values.
 """
 import argparse
+import csv
+import io
 import math
 import time
 from functools import partial
@@ -18,6 +20,7 @@ import distributed
 import evaluate
 import labels
 import nets
+import oracle
 import report
 import runs
 import search as searching
@@ -64,7 +67,8 @@ def run_method(args, typed, trial=None):
     folder = Path('runs') / args.name
     if args.resume and (folder / 'config.json').exists():                  # its data, unless other was typed
         before = runs.read_config(folder)['args']
-        args.data, args.dataset, args.limit = (typed.get(k, before.get(k)) for k in ('data', 'dataset', 'limit'))
+        kept = [k for k in ('data', 'dataset', 'limit', 'classes') if k in args]
+        vars(args).update({k: typed.get(k, before.get(k)) for k in kept})
     ds = load(args)
     if getattr(args, 'amp', False) is None:
         args.amp = args.net != 'fc' and train.amp_by_default(device)
@@ -87,8 +91,10 @@ def run_method(args, typed, trial=None):
 
 
 def load(args):
-    """The data set of the flags, or of a run's config.json, which may be older than the flag."""
-    return data.load(args.data, args.limit, getattr(args, 'dataset', None))
+    """The data set of the flags, or of a run's config.json, which may be older than a flag; its classes named by
+    --classes."""
+    ds, names = data.load(args.data, args.limit, getattr(args, 'dataset', None)), getattr(args, 'classes', None)
+    return data.named(ds, names) if names else ds
 
 
 def represent(run, args, ds, device, trial=None):
@@ -130,8 +136,7 @@ def classify(run, args, ds, device, trial=None):
                          f'number of classes, to {most:,}, the number of pictures that have one')
     model = beginning(run, args, device)
     if distributed.rank() == 0:
-        oracle = ds.y_train.__getitem__
-        paid = labels.LabelDatabase(run.folder / 'labels.sqlite', oracle, n, ds.digest)
+        paid = labels.LabelDatabase(run.folder / 'labels.sqlite', ds.y_train.__getitem__, n, ds.digest)
         if paid.spent < n:                                             # not resumed: choose, then pay
             paid.reveal(pick(args, ds, model, n, device))
         chosen = paid.revealed()
@@ -157,9 +162,15 @@ def classify(run, args, ds, device, trial=None):
 def query(run, args, ds, device, trial=None):
     """From no label at all: ask for a few, learn from them and from all other pictures, ask for those that then
     say most, until the budget is spent or the accuracy reached; then close, and score on the test set."""
-    if ds.y_train is None:
-        raise ValueError('--method query needs labels to reveal, and the data has no y_train')
-    if not len(ds.classes) <= args.budget <= len(ds.labelled()):
+    if args.oracle == 'data' and ds.y_train is None:
+        raise ValueError('--method query needs labels to reveal, and the data has no y_train; --oracle web asks you')
+    if args.oracle != 'data' and len(ds.classes) < 2:
+        raise ValueError(f'--oracle {args.oracle} needs two classes or more, and the data names {len(ds.classes)}; '
+                         'say for instance --classes cat,dog,other')
+    if args.oracle != 'data' and distributed.world() > 1:
+        raise ValueError(f'--oracle {args.oracle} works with one process only')
+    most = len(ds.labelled() if args.oracle == 'data' else ds.x_train)
+    if not len(ds.classes) <= args.budget <= most:
         raise ValueError(f'--budget {args.budget:,} is out of range; wanted from {len(ds.classes)}, the number of '
                          f'classes, to {len(ds.labelled()):,}, the number of pictures that have a label')
     if args.until is not None and not args.audit and args.pick != 'random':
@@ -170,61 +181,98 @@ def query(run, args, ds, device, trial=None):
     asking = Asking(run, args, ds, model, device)
     objective = partial(objective_of(args), labelled=lambda: asking.labelled)
     check = trial.scored(None, asking.estimate) if trial else None
-    seconds = train_model(run, args, model, objective, data.Pictures(ds.x_train, device), check=check, plan=asking.plan,
-                          after_step=partial(model.follow, args.ema))
-    if trial:
-        trial.complete(run, seconds)
-    elif distributed.rank() == 0:
-        score(run, args, ds, model, device, seconds)
+    try:
+        seconds = train_model(run, args, model, objective, data.Pictures(ds.x_train, device), check=check,
+                              plan=asking.plan, after_step=asking.after_step)
+        if trial:
+            trial.complete(run, seconds)
+        elif distributed.rank() == 0:
+            score(run, args, ds, model, device, seconds)
+    finally:
+        if args.oracle == 'web':
+            asking.person.close()
 
 
 class Asking:
     """The rounds of --method query: every --round-epochs epochs a round asks for labels, the last asks for none,
-    and --closing epochs follow. What was asked is in the database, so that a resumed run asks nothing twice and
-    trains each epoch on the labels that it had."""
+    and --closing epochs follow. What was asked is in the database, so that a resumed run asks nothing twice, puts
+    the same questions again that were open, and trains each epoch on the labels that it had."""
 
     def __init__(self, run, args, ds, model, device):
-        self.args, self.ds, self.model, self.device, self.run = args, ds, model, device, run
-        self.pool, self.labelled = ds.labelled(), None                     # whom can be asked about
+        self.args, self.ds, self.model, self.device = args, ds, model, device
+        self.pool = ds.labelled() if args.oracle == 'data' else torch.arange(len(ds.x_train))    # what can be asked
+        self.labelled = None
         self.encode = representation(args, model, None, device)[0]
+        self.done, self.began, self.ahead, self.more = 0, 0.0, 0, True
         if distributed.rank() == 0:
-            self.paid = labels.LabelDatabase(run.folder / 'labels.sqlite', ds.y_train.__getitem__, args.budget,
-                                             ds.digest)
+            reveal = ds.y_train.__getitem__ if args.oracle == 'data' else None
+            def database():
+                return labels.LabelDatabase(run.folder / 'labels.sqlite', reveal, args.budget, ds.digest)
+            self.paid = database()
+            if args.oracle == 'web':
+                self.person = oracle.Web(database(), ds.x_train, ds.classes, args.rounds, self.left)
+            elif args.oracle == 'file':
+                self.person = oracle.File(self.paid, ds.x_train, ds.classes, args.answers, run.folder)
 
-    def plan(self, epoch, seconds):
+    def plan(self, epoch, seconds, pause):
         """train.fit's plan: asks where a round is due, sets `labelled`, returns the number of epochs."""
         answer = None
         if distributed.rank() == 0:
             now, inside = divmod(epoch - 1, self.args.round_epochs)
             rounds = self.paid.rounds()
-            if inside == 0 and now not in rounds and all(asked for asked, _ in rounds.values()):
-                self.ask(now, epoch, seconds)
-                rounds = self.paid.rounds()
+            due = now not in rounds and all(asked for asked, _ in rounds.values())
+            while inside == 0 and (due or self.paid.unanswered(now) or not self.paid.spent):
+                if not self.paid.unanswered(now):
+                    self.ask(now)
+                if self.paid.unanswered(now):
+                    with pause() as stop:
+                        if why := self.person.collect(now, stop):
+                            raise train.Stopped(why)
+                self.say(now, epoch, seconds)
+                due, rounds = False, self.paid.rounds()
             ended = [r for r, (asked, _) in rounds.items() if not asked]
             last = ended[0] if ended else self.args.rounds
             answer = *self.paid.revealed(up_to=now), last * self.args.round_epochs + self.args.closing
+            self.more = now + 1 < last
+            ends = (now + 1) * self.args.round_epochs if self.more else answer[2]
+            self.ahead = (ends - epoch + 1) * data.steps_per_epoch(len(self.ds.x_train), self.args.batch_size)
         ids, y, epochs = distributed.from_first(answer)
         self.labelled = self.ds.x_train[ids].to(self.device), y.to(self.device)
+        self.done, self.began = 0, time.monotonic()
         return epochs
+
+    def after_step(self):
+        args = self.args
+        self.model.follow(args.ema)
+        self.done += 1
+
+    def left(self):
+        """(seconds of training until the next questions or the end, or None where it is not known yet; whether
+        there will be questions)."""
+        done = self.done
+        return (time.monotonic() - self.began) / done * max(0, self.ahead - done) if done else None, self.more
 
     def estimate(self):
         """The newest estimate of the accuracy; 0 before there is one."""
         return max((r, estimate or 0.0) for r, (_, estimate) in self.paid.rounds().items())[1]
 
-    def ask(self, now, epoch, seconds):
-        """One round: predict all pictures that have a label, estimate the accuracy, choose whom to ask about, pay,
-        say so. The ids in it are places in the pool of those pictures."""
+    def ask(self, now):
+        """One round: predict all pictures that can be asked about, estimate the accuracy, choose, write it down; pay,
+        where the labels are at hand. The ids in it are places in the pool of those pictures."""
         args, beliefs, estimate = self.args, None, None
         n = args.budget * (now + 1) // args.rounds - self.paid.spent if now < args.rounds else 0
         known, y = self.paid.revealed()
         known, y = torch.searchsorted(self.pool, known).to(self.device), y.to(self.device)
-        audits = math.ceil(args.audit * n) if now else 0
+        taken = torch.searchsorted(self.pool, self.paid.asked()).to(self.device)
+        if len(taken) == len(self.pool) and not self.paid.spent:
+            raise ValueError('every picture was skipped, so there is no label to learn from')
+        order = labels.pick_random(len(self.pool), len(self.pool), f'{args.seed} round {now}').to(self.device)
+        order = order[~torch.isin(order, taken)]
         h = evaluate.in_chunks(self.encode, self.ds.x_train, ids=self.pool, device=self.device)
         probs, h = self.model.teacher.head(h).softmax(1).detach(), F.normalize(h, dim=1)
         if now:
-            order = labels.pick_random(len(h), len(h), f'{args.seed} round {now}').to(self.device)
-            drawn = order[~torch.isin(order, known)][:n if args.pick == 'random' else audits]
-            ids, agreed = labels.pick_informative(n - len(drawn), probs, h, torch.cat([known, drawn]), known, y,
+            drawn = order[:n if args.pick == 'random' else math.ceil(args.audit * n)]
+            ids, agreed = labels.pick_informative(n - len(drawn), probs, h, torch.cat([taken, drawn]), known, y,
                                                   f'{args.seed} round {now}')
             ids = torch.cat([drawn, ids])
             estimate = labels.estimate_accuracy(probs, agreed, self.paid.surprises(now - 5))
@@ -234,18 +282,24 @@ class Asking:
             beliefs = [(*belief, int(i < len(drawn))) for i, belief in enumerate(
                 zip(guess.tolist(), sure.tolist(), agreed[ids].int().tolist()))]
         elif args.pick == 'random':
-            ids = labels.pick_random(n, len(h), args.seed)
+            ids = order[:n]
         else:
             if not args.encoder:                                           # untrained features say less than pixels
                 h = evaluate.in_chunks(lambda x: F.normalize(x.flatten(1), dim=1), self.ds.x_train, ids=self.pool,
                                        device=self.device)
-            ids = labels.pick_coverage(n, h, args.seed)
-        got = self.paid.reveal(self.pool[ids.cpu()], now, beliefs, estimate)
+            ids = order.sort().values
+            ids = ids[labels.pick_coverage(min(n, len(ids)), h[ids], args.seed)]
+        (self.paid.reveal if args.oracle == 'data' else self.paid.ask)(self.pool[ids.cpu()], now, beliefs, estimate)
+
+    def say(self, now, epoch, seconds):
+        """Print a round that is over."""
+        args, estimate = self.args, self.paid.rounds()[now][1]
+        asked, given, skipped, wrong = self.paid.tally(now)
         each = torch.bincount(self.paid.revealed()[1], minlength=len(self.ds.classes)).tolist()
-        left = (args.rounds - now if len(got) else 0) * args.round_epochs + args.closing
-        print(f'round {now}: {len(got)} asked, {self.paid.spent} of {args.budget} spent, by class {each}'
-              + (f', {100 * sum(g != b[0] for g, b in zip(got.tolist(), beliefs)) / len(got):.0f} % of them had been '
-                 'wrong' if beliefs else '')
+        left = (args.rounds - now if asked else 0) * args.round_epochs + args.closing
+        print(f'round {now}: {given} asked, ' + (f'{skipped} skipped, ' if skipped else '')
+              + f'{self.paid.spent} of {args.budget} spent, by class {each}'
+              + (f', {100 * wrong:.0f} % of them had been wrong' if wrong is not None else '')
               + (f', estimated accuracy {100 * estimate:.1f} %' if estimate is not None else '')
               + (f', about {runs.clock(seconds / (epoch - 1) * left)} left' if now else ''), flush=True)
 
@@ -254,10 +308,28 @@ def score(run, args, ds, model, device, seconds):
     """Measure a classifier on the test set, once, and write metrics.json."""
     began, paid = time.monotonic(), labels.LabelDatabase(run.folder / 'labels.sqlite', None, 0, ds.digest)
     metrics = {'labels': paid.spent, **evaluate.measure_classifier(ds, probabilities(args, model, device), device)}
+    if args.method == 'query':
+        write_predictions(run.folder, predict(args, model, ds.x_train, device).cpu(), paid, ds.classes)
     estimates = [estimate for _, estimate in paid.rounds().values() if estimate is not None]
     if estimates:
         metrics.update(estimate=estimates[-1], rounds=len(paid.rounds()))
     complete(run, args, metrics, seconds, began)
+
+
+def write_predictions(folder, probs, paid, classes):
+    """predictions.csv and predictions.npz: of every training picture its class and how sure that is; where the
+    oracle gave the label, that label, at confidence 1."""
+    confidence, label = (probs / probs.sum(1, keepdim=True)).max(1)
+    given, (ids, y) = torch.zeros(len(probs), dtype=torch.bool), paid.revealed()
+    given[ids], confidence[ids], label[ids] = True, 1.0, y
+    text, blob = io.StringIO(), io.BytesIO()
+    table = csv.writer(text, lineterminator='\n')
+    table.writerow(['id', 'label', 'class', 'confidence', 'given'])
+    table.writerows([i, k, classes[k], f'{p:.4f}', int(g)] for i, (k, p, g) in
+                    enumerate(zip(label.tolist(), confidence.tolist(), given.tolist())))
+    np.savez(blob, label=label, confidence=confidence, given=given, classes=np.array(classes))
+    runs.write_atomic(folder / 'predictions.csv', text.getvalue().encode())
+    runs.write_atomic(folder / 'predictions.npz', blob.getvalue())
 
 
 def find_clusters(run, args, ds, device):
@@ -303,7 +375,7 @@ class Clustering:
         self.pred = torch.zeros(len(near), dtype=torch.int64, device=device)         # in place: train.fit holds it
         self.labelled = None
 
-    def plan(self, epoch, seconds):
+    def plan(self, epoch, seconds, pause):
         """train.fit's plan: assigns where an iteration begins; returns the number of epochs."""
         now, inside = divmod(epoch - 1, self.args.epochs)
         answer = None
@@ -420,7 +492,7 @@ class Trial:
             return {**row, 'score': -row['val_loss'] if self.by_loss else accuracy()}
         return both
 
-    def plan(self, epochs, epoch, seconds):
+    def plan(self, epochs, epoch, seconds, pause):
         """Number of epochs: as many as planned, or no more if it is hopeless."""
         curve = self.curve[:epoch - 1]
         return distributed.from_first(epoch - 1 if curve and searching.hopeless(curve, self.others) else epochs)

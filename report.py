@@ -5,12 +5,13 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import runs
 
 
-def write_png(path, picture):
-    """Write (H, W) or (H, W, 3) uint8 as PNG: one chunk of zlib-compressed rows (RFC 2083)."""
+def png(picture):
+    """(H, W) or (H, W, 3) uint8 as the bytes of a PNG: one chunk of zlib-compressed rows (RFC 2083)."""
     picture = np.ascontiguousarray(picture)
     H, W = picture.shape[:2]
     rows = np.zeros((H, 1 + picture[0].size), np.uint8)                     # each row: filter type 0, its bytes
@@ -18,8 +19,13 @@ def write_png(path, picture):
     def chunk(kind, body):
         return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
     header = struct.pack('>IIBBBBB', W, H, 8, 2 if picture.ndim == 3 else 0, 0, 0, 0)
-    runs.write_atomic(path, b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
-                      + chunk(b'IDAT', zlib.compress(rows.tobytes(), 9)) + chunk(b'IEND', b''))
+    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows.tobytes(), 9))
+            + chunk(b'IEND', b''))
+
+
+def write_png(path, picture):
+    """Write (H, W) or (H, W, 3) uint8 as a PNG file."""
+    runs.write_atomic(path, png(picture))
 
 
 def sheet(*rows, gap=2, zoom=2):
@@ -46,6 +52,22 @@ def iteration(row):
     if row['live_clusters'] < len(row['sizes']):
         line += f'\nWARNING: only {row["live_clusters"]} of {len(row["sizes"])} clusters are alive'
     return line
+
+
+DIGITS = '75557 26227 71747 71717 55711 74717 74757 71111 75757 75717'.split()   # 3x5 dots: an octal digit is a row
+
+
+def captioned(x, numbers):
+    """Pictures (n, C, H, W) uint8, enlarged to 84 pixels or more, each above its number: (n, C, H', W') uint8."""
+    zoom = -(-84 // x.shape[3])
+    x = x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    band = x.new_zeros(*x.shape[:2], 14, x.shape[3])
+    for caption, number in zip(band, numbers):
+        rows = [''.join(f'{int(DIGITS[int(d)][r]):03b}0' for d in str(int(number))) for r in range(5)]
+        dots = x.new_tensor([[255 * int(c) for c in row] for row in rows])
+        dots = dots.repeat_interleave(2, 0).repeat_interleave(2, 1)
+        caption[:, 2:12, 2:2 + dots.shape[1]] = dots[:, :x.shape[3] - 2]
+    return torch.cat([x, band], 2)
 
 
 def describe(metrics):

@@ -28,7 +28,7 @@ except ImportError:                                    # Windows has no flock; t
 
 HERE = {'name', 'resume', 'overwrite', 'device', 'save_every'}       # how a run is run, not what it is
 CHECKPOINTS = ('checkpoint.new.pt', 'checkpoint.pt', 'checkpoint.previous.pt')      # newest first
-FREE = HERE | {'epochs'}                                             # what may change on resume
+FREE = HERE | {'epochs', 'answers'}                                  # what may change on resume
 
 
 def write_atomic(path, blob):
@@ -117,9 +117,13 @@ class Run:
         if exists and resume:
             config = self._merge(read_config(self.folder), config, typed)
         else:
-            for old in ('log.jsonl', 'metrics.json', 'labels.sqlite', '*.pt'):
+            for old in ('log.jsonl', 'metrics.json', 'predictions.csv', 'predictions.npz', 'wanted.csv', 'wanted.png',
+                        'labels.previous.sqlite-journal', '*.pt'):
                 for path in self.folder.glob(old):
                     path.unlink()
+            for old in ('labels.sqlite', 'labels.sqlite-journal'):           # a person may have worked for hours on it
+                if (self.folder / old).exists():
+                    os.replace(self.folder / old, self.folder / old.replace('labels', 'labels.previous'))
         self.config = config
         write_json(self.folder / 'config.json', config)
 

@@ -45,6 +45,9 @@ else:
         'labels': dict(classify=0.1),
         'pick': dict(classify='random', query='informative'),
         'mixup': dict(classify=0.2, cluster=0.0),
+        'oracle': dict(query='data'),
+        'answers': dict(query=None),
+        'classes': dict(query=None),
         'budget': dict(query=1000),
         'until': dict(query=None),
         'audit': dict(query=0.1),
@@ -78,6 +81,7 @@ else:
   python ssl.py --method simclr                  7 epochs in about 8 min: probe 86 %, k-means ACC .62
   python ssl.py --method classify --encoder runs/simclr --labels 0.1     about 90 % of the test set right
   python ssl.py --method simclr --tau 0.5        another temperature, kept as runs/simclr-tau=0.5
+  python ssl.py --method query --oracle web --data my.npz --classes cat,dog,other      label them yourself, on a page
   python ssl.py --method conv --data my.npz      your own pictures: x_train (N, H, W) or (N, H, W, 3) uint8
   python ssl.py --compare                        one table of all finished runs"""
 
@@ -107,6 +111,13 @@ else:
         if not text:
             raise argparse.ArgumentTypeError('it is empty; wanted a path')
         return text
+
+    def names(text):
+        """Type of --classes: 'a,b,c', none empty or twice."""
+        parts = [part.strip() for part in text.split(',')]
+        if not all(parts) or len(set(parts)) < len(parts) or not text.isprintable():
+            raise argparse.ArgumentTypeError(f'{text!r} is not understood; wanted different names as in cat,dog,other')
+        return ','.join(parts)
 
     def choice(*names):
         """Type of a flag: one of the names; a misspelt one is answered with the nearest."""
@@ -215,6 +226,12 @@ else:
              type=number(float, 0, 100), metavar='RHO')
 
         g = p.add_argument_group('queries')
+        flag(g, '--oracle', 'who answers: data (y_train), web (you, on a page that it serves to this machine alone) or '
+             'file (an --answers CSV)', type=choice('data', 'web', 'file'), metavar='NAME')
+        flag(g, '--answers', 'CSV of lines id,class, of names or indices, for --oracle file; it may grow between '
+             '--resumes', type=path, metavar='CSV')
+        flag(g, '--classes', 'what the classes are called; needed where no labels of the data tell', type=names,
+             metavar='A,B,C')
         flag(g, '--budget', 'how many labels to pay for at most', type=count, metavar='N')
         flag(g, '--until', 'stop asking when the accuracy, estimated from the answers, reaches this share',
              type=number(float, 0, 1, above=True), metavar='X')
@@ -279,6 +296,10 @@ else:
             parser.error(f'--name {typed["name"]!r} is not a plain folder name')
         if ('search' in typed) != ('over' in typed):
             parser.error('--search N and --over FLAG=LOW:HIGH go together')
+        if ('answers' in typed) != (typed.get('oracle') == 'file') and 'resume' not in typed:
+            parser.error('--oracle file and --answers CSV go together')
+        if 'search' in typed and typed.get('oracle', 'data') != 'data':
+            parser.error(f'--search would ask for labels in every trial; leave --oracle {typed["oracle"]} out')
         if 'search' in typed and method not in (*NETS, 'classify', 'query'):
             parser.error(f'--search has no score for --method {method}')
         types = {a.dest: a.type for a in parser._actions}

@@ -5,12 +5,15 @@ with an independent form written out in it. The command line runs in this proces
 has to be killed, or imports and pipes are what is tested.
 """
 import ast
+import base64
 import contextlib
+import csv
 import errno
 import functools
 import gc
 import gzip
 import hashlib
+import http.client
 import importlib.util
 import io
 import itertools
@@ -18,9 +21,12 @@ import json
 import math
 import os
 import pickle
+import select
 import shlex
 import shutil
 import signal
+import socket
+import sqlite3
 import statistics
 import struct
 import subprocess
@@ -33,6 +39,7 @@ import traceback
 import tracemalloc
 import unittest
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 import zipfile
@@ -54,6 +61,7 @@ import formats
 import labels
 import losses
 import nets
+import oracle
 import recipes
 import report
 import runs
@@ -425,9 +433,9 @@ def test_every_training_flag_changes_what_is_trained():
              'blur': 1, 'cutout': 0.5, 'flip': '--no-flip', 'amp': '--amp', 'freeze': '--freeze', 'labels': 12,
              'pick': {'classify': 'coverage', 'query': 'random'}, 'head': 'mlp', 'mixup': 0, 'seed': 1, 'limit': 30,
              'val': dict.fromkeys(UNLABELLED, 1)}
-    elsewhere = {'patience', 'min_delta', 'save_every', 'method', 'evaluate', 'compare', 'show_views', 'fetch',
-                 'search', 'over', 'data', 'dataset', 'name', 'resume', 'overwrite', 'device', 'encoder', 'until',
-                 'stable'}
+    elsewhere = {'oracle', 'answers', 'classes', 'patience', 'min_delta', 'save_every', 'method', 'evaluate', 'compare',
+                 'show_views', 'fetch', 'search', 'over', 'data', 'dataset', 'name', 'resume', 'overwrite', 'device',
+                 'encoder', 'until', 'stable'}
     assert set(other) | elsewhere == set(flags()), 'a flag without a test'
     with folder() as cwd, only_training():
         x, y = pictures(45, 8, 8)
@@ -2029,6 +2037,483 @@ def test_rounds_and_beliefs_are_kept_with_the_answers():
         assert again.surprises(2).shape == (0, 4) and again.revealed(up_to=0)[0].tolist() == [4, 5]
 
 
+def test_a_round_answered_one_by_one_goes_on_after_a_kill_with_the_same_open_questions():
+    with folder() as f:
+        def database(budget=5):
+            return labels.LabelDatabase(f / 'l.sqlite', None, budget, 'abc')
+        paid = database()
+        assert paid.ask([7, 3, 9], 0, [(1, 0.9, 1, 0), (0, 0.6, 0, 1), (2, 0.5, 1, 0)], 0.5) == [None] * 3
+        with raises(ValueError, 'budget of 5'):
+            paid.ask([1, 2, 4], 1)                                        # an open question is as good as spent
+        with contextlib.suppress(sqlite3.IntegrityError):
+            paid.ask([1, 7], 1)                                           # in the middle of it something breaks
+        assert paid.unanswered(1) == [] and list(paid.rounds()) == [0]
+        assert paid.spent == 0 and paid.unanswered(0) == [7, 3, 9] and paid.last(0) is None
+        assert paid.answer(3, 2, 0) and not paid.answer(3, 1, 0) and not paid.answer(5, 1, 0)
+        assert not paid.answer(7, 1, 1)                                   # a question of another round
+        paid = database()
+        assert paid.unanswered(0) == [7, 9] and paid.spent == 1 and paid.last(0) == (3, 2)
+        assert paid.answer(7, None, 0) and paid.last(0) == (7, None) and paid.spent == 1
+        assert not paid.undo(3, 0) and paid.undo(7, 0) and not paid.undo(7, 0) and paid.undo(3, 0)
+        paid = database()
+        assert paid.unanswered(0) == [7, 3, 9] and paid.spent == 0 and not paid.undo(3, 0)
+        assert [row[:2] for row in paid.db.execute('SELECT * FROM undone')] == [(7, None), (3, 2)]
+        assert paid.answer(9, 1, 0) and paid.answer(7, 1, 0) and paid.answer(3, None, 0)
+        assert not paid.undo(3, 0)                                        # the round is over
+        assert [t.tolist() for t in paid.revealed()] == [[7, 9], [1, 1]] and paid.asked().tolist() == [7, 3, 9]
+        assert paid.tally(0) == (3, 2, 1, 0.5) and paid.spent == 2
+        assert close(paid.surprises(0), torch.tensor([[0.9, 1, 0, 1], [0.5, 1, 0, 0]]))
+        paid.ask([1, 2, 4], 1)                                            # the skipped one was not charged
+        with raises(ValueError, 'budget'):
+            paid.ask([5], 1)
+
+
+# oracle.py ---------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def page(n=6, budget=9, classes='cat,dog,other'):
+    """(web, its database) of a page that asks about pictures 0..n-1 in round 0, another thread waiting for them."""
+    with folder() as f:
+        paid = labels.LabelDatabase(f / 'l.sqlite', None, budget, 'abc')
+        paid.ask(range(n))
+        web = oracle.Web(labels.LabelDatabase(f / 'l.sqlite', None, budget, 'abc'),
+                         torch.from_numpy(pictures(max(n + 1, 20))[0])[:, None], classes.split(','), 2,
+                         lambda: (75, True))
+        stop = []
+        with contextlib.redirect_stdout(io.StringIO()):
+            waiting = threading.Thread(target=web.collect, args=(0, stop))
+            waiting.start()
+            try:
+                while web.round is None and n:
+                    time.sleep(0.001)
+                yield web, paid
+            finally:
+                stop.append('stop')
+                waiting.join()
+                web.close()
+
+
+def asked(web, path, body=None, token=None, kind='application/json', **headers):
+    """(status, JSON or bytes) of a request to the page; with a body, a POST."""
+    connection = http.client.HTTPConnection('127.0.0.1', web.server.server_port, timeout=20)
+    blob = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    with contextlib.closing(connection):
+        connection.request('GET' if body is None else 'POST', f'/{token or web.token}/{path}', blob, headers)
+        reply = connection.getresponse()
+        blob = reply.read()
+        for key in 'Content-Security-Policy', 'Cache-Control', 'Referrer-Policy', 'X-Content-Type-Options':
+            assert reply.headers[key] == oracle.HEADERS[key]
+    return reply.status, json.loads(blob) if reply.headers['Content-Type'] == 'application/json' else blob
+
+
+def test_the_page_answers_only_this_machine_its_own_name_and_who_knows_the_token():
+    with page() as (web, paid):
+        assert web.server.server_address[0] == '127.0.0.1'
+        port, answer = web.server.server_port, {'id': 0, 'label': 1}
+        for host in f'127.0.0.1:{port}', f'localhost:{port}':
+            assert asked(web, 'state', Host=host)[0] == 200
+        wrong = [('x' * 32, {}), (web.token[:-1], {}), (web.token + 'x', {}), ('\xe9', {})] + [
+            (None, {'Host': host}) for host in ('evil.example', f'evil.example:{port}', '127.0.0.1', '',
+                                                f'127.0.0.1:{port + 1}', f'127.0.0.1:{port}.evil.example')]
+        for token, headers in wrong:
+            token = token and urllib.parse.quote(token)
+            for path, body in ('', None), ('state', None), ('0.png', None), ('answer', answer), ('undo', {'id': 0}):
+                assert asked(web, path, body, token, **headers) == (403, {'error': 'not for you'}), (token, headers)
+        assert paid.spent == 0
+        text = asked(web, '')[1].decode()
+        assert web.token not in text and 'http' not in text.replace('http-equiv', '')       # nothing from outside
+        policy = oracle.HEADERS['Content-Security-Policy']
+        for tag in 'style', 'script':
+            inside = text.split(f'<{tag}>')[1].split(f'</{tag}>')[0].encode()
+            assert f'{tag}-src \'sha256-{base64.b64encode(hashlib.sha256(inside).digest()).decode()}\'' in policy
+        assert "default-src 'none'" in policy and 'unsafe' not in policy and '*' not in policy
+
+
+def test_the_page_refuses_what_is_malformed_and_goes_on():
+    with page() as (web, paid):
+        for body in (b'', b'{', b'[]', b'null', b'1', b'[' * 900, b'\xff', {}, {'id': 0}, {'label': 0},
+                     {'id': 0, 'label': 0, 'more': 1}, *({'id': i, 'label': 0} for i in
+                                                         (-1, 20, 1e3, '0', None, True, [0], 10 ** 30)),
+                     *({'id': 0, 'label': k} for k in (-1, 3, '1', 1.0, True, [], 10 ** 30))):
+            code, news = asked(web, 'answer', body)
+            assert code == 400 and set(news) == {'error'}, (body, code)
+        for body in {'id': 'x'}, {'id': 0, 'label': 1}, b'':
+            assert asked(web, 'undo', body)[0] == 400
+        for path in 'x', '20.png', '-1.png', '0.png/', '../0.png', '9' * 13 + '.png', '\u0663.png', 'state?x', 'answer':
+            assert asked(web, urllib.parse.quote(path, safe='/.?-'))[0] == 404, path
+        assert asked(web, 'delete', {'id': 0})[0] == 404
+        assert asked(web, 'answer', b' ' * (oracle.MAX_BODY + 1))[0] == 413
+        def raw(blob):
+            with socket.create_connection(('127.0.0.1', web.server.server_port), timeout=20) as s:
+                s.sendall(blob)
+                s.shutdown(socket.SHUT_WR)
+                return b''.join(iter(lambda: s.recv(1 << 16), b''))
+        start = f'POST /{web.token}/answer HTTP/1.1\r\nHost: {web.hosts[0]}\r\n'.encode()
+        for rest, code in ((b'\r\n', 411), (b'Content-Length: -1\r\n\r\n', 411), (b'Content-Length: x\r\n\r\n', 411),
+                           (b'Content-Length: 99999999999\r\n\r\n', 413), (b'Content-Length: 50\r\n\r\n{"id"', 400),
+                           (b'Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n', 411), (b'A: b\r\n' * 200 + b'\r\n', 431)):
+            assert raw(start + rest).split()[1] == str(code).encode(), rest
+        assert raw(b'GET /' + b'x' * 70000 + b'\r\n\r\n').split()[1] == b'414'
+        assert raw(b'\0\1\2\r\n\r\n') and b'501' in raw(b'DELETE / HTTP/1.1\r\n\r\n')
+        assert paid.spent == 0 and asked(web, 'answer', {'id': 0, 'label': 2})[0] == 200 and paid.spent == 1
+        x = pictures(20)[0]
+        (f := home() / 'got.png').write_bytes(asked(web, '13.png')[1])
+        assert np.array_equal(read_png(f), x[13])
+
+
+def test_two_tabs_get_the_same_question_and_one_answer_counts():
+    with page() as (web, paid):
+        assert asked(web, 'state')[1]['question'] == asked(web, 'state')[1]['question'] == 0
+        replies, together = [], threading.Barrier(8)
+        def tab(k):
+            together.wait()
+            replies.append((asked(web, 'answer', {'id': 0, 'label': k % 3}), k % 3))
+        tabs = [threading.Thread(target=tab, args=(k,)) for k in range(8)]
+        for t in tabs: t.start()
+        for t in tabs: t.join()
+        won = [k for (code, _), k in replies if code == 200]
+        assert len(won) == 1 and sorted(code for (code, _), _ in replies) == [200] + [409] * 7
+        assert [t.tolist() for t in paid.revealed()] == [[0], won] and all(r[1]['question'] == 1 for r, _ in replies)
+        assert asked(web, 'answer', {'id': 9, 'label': 0})[0] == 409      # was not asked
+
+
+def test_on_the_page_an_answer_is_saved_at_once_and_can_be_skipped_and_taken_back():
+    with page() as (web, paid):
+        first = asked(web, 'state')[1]
+        assert first == {'spent': 0, 'budget': 9, 'classes': ['cat', 'dog', 'other'], 'rounds': 2, 'question': 0,
+                         'round': 1, 'done': 0, 'of': 6, 'estimate': None, 'last': None}
+        assert asked(web, 'undo', {'id': 0}) == (409, first)
+        for i, k in (0, 1), (1, None), (2, 2):
+            code, news = asked(web, 'answer', {'id': i, 'label': k})
+            assert code == 200 and news['last'] == [i, k] and news['question'] == i + 1 and news['done'] == i + 1
+        assert [t.tolist() for t in paid.revealed()] == [[0, 2], [1, 2]] and news['spent'] == 2
+        assert asked(web, 'undo', {'id': 1})[0] == 409                    # not the last
+        for i in 2, 1, 0:
+            code, news = asked(web, 'undo', {'id': i})
+            assert code == 200 and news['question'] == i and news['done'] == i
+        assert news == first
+        for i in range(6):
+            news = asked(web, 'answer', {'id': i, 'label': i % 3})[1]
+        assert news == {'spent': 6, 'budget': 9, 'classes': first['classes'], 'rounds': 2, 'question': None,
+                        'left': '1:15', 'more': True}
+        assert asked(web, 'undo', {'id': 5})[0] == 409 and paid.spent == 6
+
+
+class Browser:
+    """A headless Chromium that is told what to do in the DevTools protocol over a pipe: JSON, each message ended by
+    NUL. Whatever the page complains about is in `complaints`."""
+
+    def __init__(self):
+        names = 'chromium', 'chromium-browser', 'google-chrome', 'chrome'
+        program = next(filter(None, map(shutil.which, names)), None)
+        if program is None or os.name != 'posix':
+            raise unittest.SkipTest('there is no chromium in the PATH')
+        self.home = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        (orders, self.out), (self.back, replies) = os.pipe(), os.pipe()
+        wire = 'for a, b in (o, 98), (r, 99), (98, 3), (99, 4): os.dup2(a, b)'    # it reads from 3 and writes to 4
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', f'import os, sys; o, r = {orders}, {replies}\n{wire}\nos.execv(sys.argv[1], '
+             'sys.argv[1:])', program, '--headless=new', '--no-sandbox', '--disable-gpu',
+             '--disable-dev-shm-usage', '--remote-debugging-pipe', f'--user-data-dir={self.home.name}'],
+            pass_fds=(orders, replies), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(orders), os.close(replies)
+        self.number, self.rest, self.complaints, self.session = 0, b'', [], {}
+        target = self.tell('Target.createTarget', url='about:blank')['targetId']
+        self.session = {'sessionId': self.tell('Target.attachToTarget', targetId=target, flatten=True)['sessionId']}
+        for domain in 'Page', 'Runtime', 'Log':
+            self.tell(f'{domain}.enable')
+
+    def tell(self, method, **params):
+        """The result of a command; a browser that says nothing for a minute is an error."""
+        self.number += 1
+        order = {'id': self.number, 'method': method, 'params': params, **self.session}
+        os.write(self.out, json.dumps(order).encode() + b'\0')
+        while True:
+            while b'\0' not in self.rest:
+                part = select.select([self.back], [], [], 60)[0] and os.read(self.back, 1 << 16)
+                assert part, 'the browser has ended or hangs'
+                self.rest += part
+            message, _, self.rest = self.rest.partition(b'\0')
+            message = json.loads(message)
+            if message.get('method') in ('Log.entryAdded', 'Runtime.exceptionThrown'):
+                self.complaints.append(message['params'])
+            if message.get('id') == self.number:
+                assert 'error' not in message, message
+                return message['result']
+
+    def value(self, expression):
+        return self.tell('Runtime.evaluate', expression=expression, returnByValue=True)['result'].get('value')
+
+    def until(self, expression):
+        end = time.monotonic() + 30
+        while not self.value(expression):
+            assert time.monotonic() < end, (expression, self.value('document.body.innerText'), self.complaints)
+            time.sleep(0.01)
+
+    def press(self, key, **more):
+        code = f'Digit{key}' if key.isdecimal() else f'Key{key.upper()}' if len(key) == 1 else key
+        for kind in 'keyDown', 'keyUp':
+            self.tell('Input.dispatchKeyEvent', type=kind, key=key, code=code, **more)
+
+    def close(self):
+        os.close(self.out), os.close(self.back)                           # without orders it ends by itself
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        self.process.kill()
+        self.process.wait()
+        self.home.cleanup()
+
+
+def test_in_a_browser_thirty_pictures_are_labelled_by_keys_with_a_reload_on_the_way():
+    with contextlib.closing(Browser()) as browser, page(32, 40) as (web, paid):
+        def shows(k):
+            browser.until(f"""document.getElementById('ask')?.getAttribute('aria-busy') === 'false' &&
+                document.getElementById('place').textContent === 'Picture {k} of 32' &&
+                document.getElementById('picture').naturalWidth === 12""")
+        browser.tell('Page.navigate', url=web.address)
+        for k in range(30):
+            shows(k + 1)
+            browser.press(str(k % 3 + 1))
+            if k == 13:
+                shows(k + 2)
+                browser.tell('Page.reload')
+            if k == 20:                                                   # a slip, taken back; and keys that do nothing
+                shows(k + 2)
+                for key, more in ('4', {}), ('0', {}), ('x', {}), ('1', {'modifiers': 2}), ('1', {'autoRepeat': True}):
+                    browser.press(key, **more)
+                browser.press('u')
+                shows(k + 1)
+                browser.press(str(k % 3 + 1))
+        shows(31)
+        assert [t.tolist() for t in paid.revealed()] == [list(range(30)), [k % 3 for k in range(30)]]
+        assert paid.db.execute('SELECT id, label FROM undone').fetchall() == [(20, 2)]
+        assert browser.value("document.getElementById('budget').textContent") == '10 of 40'
+        browser.press('s')
+        shows(32)
+        assert paid.unanswered(0) == [31] and paid.spent == 30
+        browser.value("[...document.querySelectorAll('button')].find(b => b.innerText.includes('dog')).click()")
+        browser.until("document.body.innerText.includes('Training, about 1:15 left')")
+        assert paid.revealed()[1].tolist()[-1] == 1 and paid.spent == 31
+        paid.ask([32], 1)
+        following = threading.Thread(target=web.collect, args=(1, []))
+        following.start()                                                 # which the page notices by itself
+        browser.until("document.getElementById('place').textContent === 'Picture 1 of 1' && !busy")
+        browser.press('3')
+        following.join(30)
+        assert not following.is_alive() and paid.revealed()[1].tolist()[-1] == 2
+        fetched = browser.value("performance.getEntriesByType('resource').map(e => e.name)")
+        assert fetched and all(name.startswith(web.address) for name in fetched), fetched
+        assert browser.value("document.querySelectorAll('img:not([alt]), button:empty').length") == 0
+        assert not browser.complaints, browser.complaints
+        web.close()
+        browser.until("document.getElementById('wait').innerText.includes('The program has ended')")
+
+
+@contextlib.contextmanager
+def person(y, skips=(), patience=10 ** 9, how=Exception):
+    """Someone on the page who answers with y, and `skips` with can't tell; after `patience` answers the program gets
+    the signal `how`, or is Killed. Yields the list of what was asked."""
+    collect, seen = oracle.Web.collect, []
+    def answering(web, round, stop):
+        def someone():
+            while (i := asked(web, 'state')[1]['question']) is not None:
+                if len(seen) == patience:
+                    if how is Killed:
+                        stop.append(how)
+                    else:
+                        os.kill(os.getpid(), how)
+                    return
+                seen.append(i)
+                assert asked(web, 'answer', {'id': i, 'label': None if i in skips else int(y[i])})[0] == 200
+        thread = threading.Thread(target=lambda: (wait_for(web), someone()))
+        thread.start()
+        why = collect(web, round, stop)
+        thread.join()
+        if Killed in stop:
+            raise Killed
+        return why
+    def wait_for(web):
+        while web.round is None:
+            time.sleep(0.001)
+    with mock.patch.object(oracle.Web, 'collect', answering):
+        yield seen
+
+
+def test_a_person_who_answers_as_y_train_does_gets_the_same_run_however_often_it_is_stopped():
+    posix()
+    y = arrays()['y_train']
+    for how, patience in (None, 99), (Killed, 2), (signal.SIGTERM, 3):
+        with folder() as cwd:
+            write_npz(cwd / 'tiny.npz', **{**arrays(), 'y_train': (y + 1) % 3})    # which it never looks at
+            everything, codes = [], []
+            while 0 not in codes and len(codes) < 20:
+                with person(y, patience=patience, how=how) as seen, contextlib.suppress(Killed):
+                    code, out, err = run(*tiny('query'), '--oracle', 'web', '--resume', cwd=cwd)
+                    codes.append(code)
+                    assert code in (0, 130) and not err and (code == 0 or '--resume to continue' in out), err
+                everything += seen
+            assert len(everything) == len(set(everything)) == 15, codes   # nothing was asked twice
+            assert how is not signal.SIGTERM or codes == [130] * 4 + [0]
+            assert_same_run(cwd / 'runs' / 'query', finished('query'))
+            a, b = ((there / 'predictions.csv').read_text() for there in (cwd / 'runs' / 'query', finished('query')))
+            assert a == b
+            code, out, err = run(*tiny('query'), '--oracle', 'web', '--resume', cwd=cwd)
+            assert code == 0 and 'already finished' in out
+
+
+def test_a_real_process_killed_while_a_person_answers_keeps_every_answer():
+    posix()
+    with folder() as cwd, contextlib.ExitStack() as ended:
+        write_npz(cwd / 'tiny.npz', x_train=arrays()['x_train'])
+        words = [HERE / 'ssl.py', *tiny('query'), '--oracle', 'web', '--classes', 'a,b,c', '--resume']
+        def started():
+            process = python(*words, cwd=cwd)
+            ended.callback(process.kill)                                  # whatever fails below
+            line = next(line for line in process.stdout if 'http' in line)
+            return process, line.split()[2], urllib.parse.urlparse(line.split()[-1])
+        def answered(url):
+            connection = http.client.HTTPConnection(url.netloc, timeout=20)
+            with contextlib.closing(connection):
+                connection.request('GET', url.path + 'state')
+                i = json.loads(connection.getresponse().read())['question']
+            with contextlib.closing(connection):
+                connection.request('POST', url.path + 'answer', json.dumps({'id': i, 'label': i % 3}))
+                assert connection.getresponse().status == 200
+            return i
+        process, n, url = started()
+        assert n == '7' and url.hostname == '127.0.0.1' and len(url.path) > 30
+        ids = [answered(url) for _ in range(3)]
+        process.kill()
+        process.communicate(timeout=60)
+        paid = labels.LabelDatabase(cwd / 'runs/query/labels.sqlite', None, 15, data.load(cwd / 'tiny.npz').digest)
+        assert [t.tolist() for t in paid.revealed()] == [ids, [i % 3 for i in ids]]
+        open_ = paid.unanswered(0)
+        process, n, again = started()
+        assert n == '4' and again.path != url.path and answered(again) == open_[0]
+        process.terminate()
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130 and '--resume to continue' in out and not err, err
+
+
+def test_what_is_skipped_is_never_asked_again_and_costs_nothing():
+    y, skips = arrays()['y_train'], set(range(0, 120, 2))
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz', x_train=arrays()['x_train'])
+        for pick in 'informative', 'random':
+            with person(y, skips) as seen:
+                flags = tiny('query', '--oracle', 'web', '--classes', 'a,b,c', '--pick', pick, '--overwrite')
+                code, out, err = run(*flags, '--rounds', 5, cwd=cwd)
+            assert code == 0 and not err, err
+            assert len(seen) == len(set(seen)) and set(seen) & skips
+            there = cwd / 'runs' / 'query'
+            paid = labels.LabelDatabase(there / 'labels.sqlite', None, 15, data.load(cwd / 'tiny.npz').digest)
+            assert set(paid.revealed()[0].tolist()) == set(seen) - skips and paid.spent <= 15 and 'skipped' in out
+            asked = [asked for asked, _ in paid.rounds().values()]
+            given = [paid.tally(r)[1] for r in range(len(asked))]
+            assert asked[:5] == [3 * (r + 1) - sum(given[:r]) for r in range(5)] and asked[5] == 0   # made up for
+            table = list(csv.DictReader((there / 'predictions.csv').open()))
+            assert [int(row['id']) for row in table] == list(range(120))
+            assert {int(row['id']) for row in table if row['given'] == '1'} == set(seen) - skips
+            labelled = [int(row['label']) for row in table]
+            assert all(row['class'] == 'abc'[int(row['label'])] for row in table)
+            assert all(1 / 3 - 1e-4 < float(row['confidence']) <= 1 for row in table)
+            assert all(labelled[i] == y[i] and table[i]['confidence'] == '1.0000' for i in set(seen) - skips)
+            with np.load(there / 'predictions.npz') as z:
+                assert z['label'].tolist() == labelled and z['classes'].tolist() == ['a', 'b', 'c']
+                assert z['given'].tolist() == [row['given'] == '1' for row in table]
+        with person(y, skips=range(120)) as seen:                         # who can't tell any
+            code, _, err = run(*flags, '--rounds', 5, cwd=cwd)
+        assert code == 2 and 'every picture was skipped' in err and sorted(seen) == list(range(120))
+
+
+def test_answers_from_a_file_make_the_same_run_and_what_is_missing_is_written_down():
+    y = arrays()['y_train']
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz', **{k: v for k, v in arrays().items() if k != 'y_train'})
+        there, answers = cwd / 'runs' / 'query', cwd / 'a.csv'
+        flags = tiny('query', '--oracle', 'file', '--answers', 'a.csv', '--classes', 'cat,dog,other', '--resume')
+        for r, n in (0, 7), (1, 8):
+            code, out, err = run(*flags, cwd=cwd)
+            assert code == 130 and not err and f'labels missing: {n};' in out and '--resume' in out, err
+            header, *lines = (there / 'wanted.csv').read_text().splitlines()
+            ids = [int(line.removesuffix(',')) for line in lines]
+            assert header == 'id,label' and len(ids) == n
+            H, W = 10 * 7 + 14, 12 * 7
+            assert read_png(there / 'wanted.png').shape == (H + 12, n * (W + 6) + 6)
+            filled = [f'{i},{["cat", " dog", "2"][y[i]]}' for i in ids]
+            with answers.open('a', encoding='utf-8' if r else 'utf-8-sig') as f:
+                f.write('\n'.join(['ID,label'] * (r == 0) + filled[1:]) + f'\n{ids[0]},\n')
+            code, out, _ = run(*flags, cwd=cwd)                           # an empty cell is no answer yet
+            assert code == 130 and 'labels missing: 1;' in out
+            assert (there / 'wanted.csv').read_text() == f'id,label\n{ids[0]},\n'
+            with answers.open('a') as f:
+                f.write(filled[0] + '\n\n')
+        code, out, err = run(*flags, cwd=cwd)
+        assert code == 0 and not err, err
+        assert_same_run(there, finished('query'))
+        assert not list(there.glob('wanted.*'))
+
+
+def test_a_mistake_in_a_file_of_answers_is_one_sentence_that_names_the_line():
+    with folder() as f:
+        paid = labels.LabelDatabase(f / 'l.sqlite', None, 9, 'abc')
+        paid.ask([1, 2])
+        x = torch.from_numpy(pictures(20)[0])[:, None]
+        def read(text, classes=('cat', 'dog')):
+            (f / 'a.csv').write_bytes(text if isinstance(text, bytes) else text.encode())
+            return oracle.File(paid, x, classes, f / 'a.csv', f).read()
+        assert read('1,cat\r\n2,1\n\n,\n 3 , ?\n"4","dog"\n5,\n1,0') == {1: 0, 2: 1, 3: None, 4: 1}
+        assert read('1,3\n2,5', ('3', '5')) == {1: 0, 2: 1} and read('') == {}
+        assert read('1,?', ('?', 'x')) == {1: 0}
+        for text, said in (('1,cat\n2', 'line 2'), ('1,cat,0.9', '3 columns'), ('x,cat', "'x'"), ('20,cat', '0 to 19'),
+                           ('-1,cat', "'-1'"), ('1.0,cat', "'1.0'"), ('9' * 5000 + ',cat', 'line 1'),
+                           ('1,cow', "'cow'"),
+                           ('1,2', "'2'"), ('1,Cat', 'cat, dog'), ('1,cat\n1,dog', 'line 2'), ('\u0661,cat', 'id from'),
+                           (b'1,\xff', 'readable'), (b'1,"' + b'x' * 200000, 'readable'), (b'1,\0', 'a.csv'),
+                           ('id,label\nid,label', 'line 2'), ('1;cat', 'a.csv')):
+            with raises(ValueError, said):
+                read(text)
+        with raises(ValueError, "'0'"):
+            read('1,0', ('3', '5'))                                       # not an index where names are numbers
+        paid.answer(1, 0, 0)
+        assert read('1,cat') == {1: 0}
+        with raises(ValueError, 'picture 1', 'another class'):
+            read('1,dog')
+
+
+def test_who_answers_and_what_classes_are_called_is_checked_before_anything_starts():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        write_npz(cwd / 'bare.npz', x_train=arrays()['x_train'])
+        web = ['--oracle', 'web']
+        for more, said in (
+                (['--oracle', 'file'], '--answers'), (['--answers', 'a.csv'], '--oracle file'),
+                (['--oracle', 'wep'], 'web?'), ([*web, '--answers', 'a.csv'], '--oracle file'),
+                (['--classes', 'a,b'], '--classes'),
+                (['--classes', 'a,b,c,d'], '3'), ([*web, '--classes', 'a,b,c,d'], '3'), (['--classes', 'a,,c'], 'a,,c'),
+                (['--classes', 'a,b,a'], 'different'), (['--classes', ''], 'different'),
+                (['--data', 'bare.npz'], 'y_train'), ([*web, '--data', 'bare.npz'], '--classes cat,dog'),
+                ([*web, '--data', 'bare.npz', '--classes', 'one'], 'two classes'),
+                ([*web, '--search', 2, '--over', 'lr=1e-4:1e-2'], '--oracle web'),
+                ([*web, '--data', 'bare.npz', '--classes', ','.join(map(str, range(16)))], 'budget')):
+            refused(*tiny('query'), *more, cwd=cwd, said=[said])
+        with mock.patch.multiple(recipes.distributed, world=lambda: 2, from_first=lambda value: value):
+            refused(*tiny('query'), *web, cwd=cwd, said=['one process'])
+        assert not list((cwd / 'runs').glob('*'))
+        code, out, _ = run(*tiny('query'), '--classes', 'cat, dog,other', cwd=cwd)
+        config = runs.read_json(cwd / 'runs/query/config.json')
+        assert code == 0 and config['data']['classes'] == ['cat', 'dog', 'other']
+        assert {row.split(',')[2] for row in (cwd / 'runs/query/predictions.csv').read_text().splitlines()[1:]} <= {
+            'cat', 'dog', 'other'}
+        predicted = (cwd / 'runs/query/predictions.csv').read_bytes()
+        (cwd / 'runs/query/predictions.csv').unlink()
+        assert run('--evaluate', 'runs/query', cwd=cwd)[0] == 0
+        assert (cwd / 'runs/query/predictions.csv').read_bytes() == predicted
+        before = (cwd / 'runs/query/labels.sqlite').read_bytes()
+        assert run(*tiny('query'), '--overwrite', cwd=cwd)[0] == 0        # paid answers are put aside, not deleted
+        assert (cwd / 'runs/query/labels.previous.sqlite').read_bytes() == before
+
+
 def test_the_teacher_is_the_moving_average_of_the_student():
     torch.manual_seed(0)
     model = nets.MeanTeacher(nets.Classifier(nets.Encoder('resnet', (1, 8, 8), 0.1), 3)).train()
@@ -2493,6 +2978,8 @@ def test_every_method_learns_on_tiny_pictures_and_leaves_all_its_files():
             files |= {'labels.sqlite'}
         if method in ('cluster', 'scan'):
             files |= {'best.pt', 'final.pt', 'iteration-00.pt', 'iteration-01.pt', 'iteration-02.pt'}
+        if method == 'query':
+            files |= {'predictions.csv', 'predictions.npz'}
         assert {p.name for p in there.iterdir()} - {'checkpoint.previous.pt'} == files, method
         m, config = measured(there), runs.read_json(there / 'config.json')
         assert m['split'] == 'test' and m['n'] == 40 and m['method'] == method and not m['left_out']
@@ -2925,6 +3412,14 @@ def test_sheet_lays_rows_of_pictures_out_with_gaps():
                 at = (2 + 6 * r + h, 2 + 7 * i + w)
                 wanted[at if C == 1 else (*at, c)] = round(min(max(row[i, c, h, w].item(), 0), 1) * 255)
         assert np.array_equal(small, wanted)
+
+
+def test_captions_are_the_numbers_under_enlarged_pictures():
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 9, 40), dtype=np.uint8))
+    out = report.captioned(x, torch.tensor([17, 4]))
+    assert out.shape == (2, 3, 3 * 9 + 14, 120) and torch.equal(out[:, :, 1:27:3, 2::3], x) and out.dtype == torch.uint8
+    drawn = [''.join('.#'[int(v > 0)] for v in row) for row in out[0, 1, 27:, :20]][2:12:2]
+    assert [row[2::2] for row in drawn] == ['.#..###..', '##....#..', '.#....#..', '.#....#..', '###...#..']
 
 
 def test_show_views_writes_originals_above_two_views():

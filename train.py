@@ -157,9 +157,11 @@ def fit(model, objective, x, run, *, y=None, check=None, epochs, batch_size, lr,
     and falls over the last (inf: as soon as it is up). check() is called after each epoch; what it returns, a
     dict with val_loss, is logged and decides about the early stop.
 
-    plan(epoch, seconds so far), if given, is called before each epoch, and again where one is resumed in its
-    middle; it returns how many epochs there will be, as far as is known. after_step() is called after each
-    step. sam: radius of sharpness-aware minimisation, 0 for none.
+    plan(epoch, seconds so far, pause), if given, is called before each epoch, and again where one is resumed in its
+    middle; it returns how many epochs there will be, as far as is known. `with pause() as stop` is for what takes
+    long there and is no training, such as waiting for a person: the state is saved before, the time is not counted,
+    and the list `stop` is no longer empty once a signal came. after_step() is called after each step.
+    sam: radius of sharpness-aware minimisation, 0 for none.
 
     Continues from the run's checkpoint, to the bit, if it has one. Stops early when the validation loss
     has not fallen by min_delta for `patience` epochs (0: never). Raises Stopped after a signal, once
@@ -197,10 +199,18 @@ def fit(model, objective, x, run, *, y=None, check=None, epochs, batch_size, lr,
         run.save({**state, 'model': model.state_dict(), 'optimizer': opt.state_dict()})
 
     with signals() as stop:
+        @contextmanager
+        def pause():
+            nonlocal began
+            save()
+            paused = time.monotonic()
+            yield stop
+            began += time.monotonic() - paused
+
         while True:
             epoch = state['epoch']
             if plan:
-                epochs = plan(epoch, time.monotonic() - began)
+                epochs = plan(epoch, time.monotonic() - began, pause)
             if epoch > epochs or (patience and state['bad'] >= patience):
                 break
             model.train()
