@@ -615,7 +615,8 @@ def test_a_search_scores_on_validation_and_its_best_command_gives_the_best_run_a
         best = min(last, key=last.get)
         assert measured(cwd / 'runs' / f'ae-{best:02}')['score'] == -last[best]
         command = shlex.split(out.splitlines()[-1])
-        assert command[:3] == ['best:', 'python', 'ssl.py'] and f'| {-last[best]:.4f} |' in out.split('|---|')[1]
+        table = [line for line in out.splitlines() if line.startswith('|')]
+        assert command[:3] == ['best:', 'python', 'ssl.py'] and f'| {-last[best]:.4f} |' in table[2] and len(table) == 5
         assert run(*command[3:], '--name', 'again', cwd=cwd)[0] == 0
         assert logged(cwd / 'runs' / 'again')[-1]['val_loss'] == last[best]
         before = out
@@ -639,7 +640,8 @@ def test_a_hopeless_trial_is_stopped_early():
         with mock.patch.object(search, 'hopeless', lambda curve, others: len(others) == 2 and len(curve) == 1):
             code, out, _ = run(*tiny('ae', '--search', 3, '--over', 'lr=1e-5:1e-2'), cwd=cwd)
         assert code == 0 and [len(logged(cwd / 'runs' / f'ae-{i:02}')) for i in range(3)] == [2, 2, 1]
-        assert 'stopped after epoch 1' in out and out.split('|---|')[1].splitlines()[3].endswith('| 1, stopped |')
+        assert 'stopped after epoch 1' in out
+        assert [line for line in out.splitlines() if line.startswith('|')][-1].endswith('| 1, stopped |')
 
 
 # fetch.py ----------------------------------------------------------------------------------------------------
