@@ -108,8 +108,8 @@ class LabelDatabase:
             raise ValueError(f'{len(ids)} more labels were asked for, but {self.spent + pending} of the budget of '
                              f'{self.budget} are spent')
         answers = [int(v) for v in oracle(ids)] if oracle and ids else [None] * len(ids)
-        if any(a is not None and a < 0 for a in answers):
-            raise ValueError('a picture was asked for that has no label to reveal')
+        if missing := [i for i, label in zip(ids, answers) if label is not None and label < 0]:
+            raise ValueError(f'picture {missing[0]} has no label to reveal')
         with self.transaction():
             self.db.executemany('INSERT INTO queries (id, label, round, time, guess, confidence, agreed, '
                                 'audit) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
