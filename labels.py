@@ -51,6 +51,10 @@ class LabelDatabase:
         ids, labels = zip(*rows) if rows else ((), ())
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)
 
+    def asked(self):
+        """[(id, label, round, what had been believed or None)] in the order they were asked."""
+        return self.db.execute('SELECT id, label, round, guess FROM queries ORDER BY number').fetchall()
+
     def rounds(self):
         """{round: (labels asked for, accuracy estimated before)} of the rounds that are on disk."""
         return {r: (asked, estimate) for r, asked, estimate in self.db.execute('SELECT * FROM rounds ORDER BY round')}

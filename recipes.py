@@ -3,11 +3,15 @@
 Only here and in ssl.py is `args` known, the namespace of all flags; everything below gets plain values.
 """
 import argparse
+import csv
+import io
 import math
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -16,6 +20,7 @@ import distributed
 import evaluate
 import labels
 import nets
+import page
 import report
 import runs
 import search as searching
@@ -28,10 +33,16 @@ def main(args, typed, defaults):
         if 'fetch' in typed:
             print(f'Fashion-MNIST is in {data.find_fashion_mnist()}')
         elif 'compare' in typed:
-            folders = args.compare or sorted(p.parent for p in Path('runs').glob('*/metrics.json'))
-            print(report.compare(folders) if folders else 'runs/ holds no finished run yet')
+            compare(args.compare or sorted(p.parent for p in Path('runs').glob('*/metrics.json')))
+        elif 'list' in typed:
+            folders = sorted(p.parent for p in Path('runs').glob('*/config.json'))
+            print('\n'.join(f'{f}: {runs.state(f)}' for f in folders) or 'runs/ holds no run yet')
         elif 'evaluate' in typed:
-            evaluate_again(Path(args.evaluate), args.device)
+            evaluate_again(Path(args.evaluate), args)
+        elif 'export' in typed:
+            export(Path(args.export[0]), args.export[1], args.device)
+        elif 'predict' in typed:
+            predict(Path(args.predict[0]), args.predict[1], args.device)
         elif 'show_views' in typed:
             show_views(args)
         else:
@@ -227,16 +238,32 @@ class Asking:
 
 def score(run, args, ds, model, device, seconds):
     """Measure a classifier on the test set, once, and write metrics.json."""
-    began, logits = time.monotonic(), representation(args, model, None, device, model.forward)[0]
+    began = time.monotonic()
     paid = labels.LabelDatabase(run.folder / 'labels.sqlite', None, 0, ds.digest)
-    def probs(x):
-        """Class probabilities; where training mirrored pictures, the mean of those of both ways round."""
-        return logits(x).softmax(1) + (logits(x.flip(3)).softmax(1) if args.flip else 0)
-    metrics = {'labels': paid.spent, **evaluate.measure_classifier(ds, probs, device)}
+    metrics, shown = evaluate.measure_classifier(ds, answers(args, model, device), device, args.seed)
+    rows = paid.asked()
+    shown['asked'] = ds.x_train[[i for i, *_ in rows]], rows, paid.rounds()
     estimates = [estimate for _, estimate in paid.rounds().values() if estimate is not None]
     if estimates:
         metrics.update(estimate=estimates[-1], rounds=len(paid.rounds()))
-    complete(run, args, metrics, seconds, began)
+    complete(run, args, ds, {'labels': paid.spent, **metrics}, shown, seconds, began)
+
+
+def answers(args, model, device):
+    """Function from float pictures to (B, K + D): class probabilities beside features. Where training mirrored
+    pictures, probabilities are the mean of those of both ways round."""
+    net = getattr(model, 'teacher', model)
+    def forward(x):
+        h = net.encode(x)
+        return torch.cat([net.head(h), h], 1)
+    K, both = net.head[-1].out_features, representation(args, model, None, device, forward)[0]
+    def answer(x):
+        out = both(x)
+        probs = out[:, :K].softmax(1)
+        if args.flip:
+            probs = (probs + both(x.flip(3))[:, :K].softmax(1)) / 2
+        return torch.cat([probs, out[:, K:]], 1)
+    return answer
 
 
 class Trial:
@@ -422,26 +449,92 @@ def representation(args, model, x_train, device, forward=None):
     return encode, reconstruct if hasattr(model, 'decode') else None
 
 
-def evaluate_again(folder, device):
-    """Load a finished run's checkpoint and write its measures and pictures anew."""
+def reopen(folder, device):
+    """(config, args, model or None, device) of a finished run."""
     config = runs.read_config(folder)
-    args = argparse.Namespace(**config['args'])
-    device = pick_device(device)
-    ds = data.load(args.data, args.limit)
-    if ds.digest != config['data']['digest']:
-        raise ValueError(f'{folder} was made from other data than {args.data or "Fashion-MNIST here"}')
-    run = runs.Run(folder, config, resume=True)
-    if not run.finished:
+    args, device = argparse.Namespace(**config['args']), pick_device(device)
+    if not (folder / 'metrics.json').exists():
         raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
-    seconds = runs.read_json(folder / 'metrics.json').get('seconds') or 0.0
     if args.method in ('classify', 'query'):
-        model = classifier_of(args, ds, device)
-        model = nets.MeanTeacher(model) if args.method == 'query' else model
-        score(run, args, ds, load_weights(model, folder), device, seconds)
-    elif 'net' in args:
-        finish(run, args, ds, load_model(folder, config, device), device, seconds)
+        shape, classes = tuple(config['data']['shape']), config['data']['classes']
+        model = classifier_of(args, argparse.Namespace(shape=shape, classes=classes), device)
+        model = load_weights(nets.MeanTeacher(model) if args.method == 'query' else model, folder)
     else:
-        finish(run, args, ds, None, device, seconds)
+        model = load_model(folder, config, device) if 'net' in args else None
+    return config, args, model, device
+
+
+def data_of(folder, config):
+    """The data set that a run was made from."""
+    where, limit = (config['args'].get(key) for key in ('data', 'limit'))
+    ds = data.load(where, limit)
+    if ds.digest != config['data']['digest']:
+        raise ValueError(f'{folder} was made from other data than {where or "Fashion-MNIST here"}')
+    return ds
+
+
+def evaluate_again(folder, now):
+    """Load a finished run's checkpoint and write its measures, pictures and page anew."""
+    config, args, model, device = reopen(folder, now.device)
+    ds, args.perplexity = data_of(folder, config), now.perplexity
+    run = runs.Run(folder, config, resume=True)
+    seconds = runs.read_json(folder / 'metrics.json').get('seconds') or 0.0
+    (score if args.method in ('classify', 'query') else finish)(run, args, ds, model, device, seconds)
+
+
+def export(folder, path, device):
+    """Write the features of all pictures of a finished run as an .npz, with ids, split and the labels that are known:
+    of a classifier's training pictures those it paid for, -1 for the others."""
+    config, args, model, device = reopen(folder, device)
+    ds = data_of(folder, config)
+    few = args.method in ('classify', 'query')
+    train_ids, val_ids = data.split(len(ds.x_train), args.val, args.seed)
+    encode = representation(args, model, ds.x_train[train_ids] if args.method == 'pca' else None, device)[0]
+    split = np.full(len(ds.x_train), 'train', '<U10')
+    if not few:
+        split[val_ids] = 'validation'
+    y = torch.full((len(ds.x_train),), -1) if few or ds.y_train is None else ds.y_train
+    if few:
+        ids, paid = labels.LabelDatabase(folder / 'labels.sqlite', None, 0, ds.digest).revealed()
+        y[ids] = paid
+    parts = [(ds.x_train, y, split)]
+    if ds.x_test is not None:
+        y_test = torch.full((len(ds.x_test),), -1) if ds.y_test is None else ds.y_test
+        parts.append((ds.x_test, y_test, np.full(len(ds.x_test), 'test', '<U10')))
+    with torch.no_grad():
+        features = [evaluate.in_chunks(encode, x.to(device)).cpu().numpy() for x, _, _ in parts]
+    blob = io.BytesIO()
+    np.savez(blob, features=np.concatenate(features), ids=np.concatenate([np.arange(len(x)) for x, _, _ in parts]),
+             labels=np.concatenate([y.numpy() for _, y, _ in parts]), split=np.concatenate([s for *_, s in parts]))
+    runs.write_atomic(path, blob.getvalue())
+    print(f'{sum(len(h) for h in features):,} features of {features[0].shape[1]} -> {path}')
+
+
+def predict(folder, path, device):
+    """Print the class that a finished classifier gives each picture of a file, as CSV."""
+    config, args, model, device = reopen(folder, device)
+    if args.method not in ('classify', 'query'):
+        raise ValueError(f'{folder} holds no classifier: it is a run of --method {args.method}; wanted one of classify '
+                         'or query')
+    x, shape, classes = data.read_pictures(path), tuple(config['data']['shape']), config['data']['classes']
+    if x.shape[1:] != shape:
+        raise ValueError(f'{path} holds pictures {tuple(x.shape[1:])}, and {folder} was trained on {shape}')
+    with torch.no_grad():
+        sure, pred = evaluate.in_chunks(answers(args, model, device), x.to(device))[:, :len(classes)].max(1)
+    out = csv.writer(sys.stdout, lineterminator='\n')
+    out.writerow(['index', 'class', 'name', 'confidence'])
+    out.writerows([i, k, classes[k], f'{p:.4f}'] for i, (k, p) in enumerate(zip(pred.tolist(), sure.tolist())))
+
+
+def compare(folders):
+    """Print one table of these runs and write runs/report.html about them."""
+    folders = [f for f in folders if Path(f).name != 'report.html']        # which runs/* names too
+    if not folders:
+        return print('runs/ holds no finished run yet')
+    print(report.table(report.compare(folders)))
+    Path('runs').mkdir(exist_ok=True)
+    page.write_comparison(Path('runs/report.html'), folders)
+    print('-> runs/report.html')
 
 
 def finish(run, args, ds, model, device, seconds):
@@ -450,7 +543,7 @@ def finish(run, args, ds, model, device, seconds):
     x_train = ds.x_train[train_ids] if args.method == 'pca' else None      # a copy that only PCA needs
     encode, reconstruct = representation(args, model, x_train, device)
     began = time.monotonic()
-    metrics = evaluate.measure(ds, train_ids, val_ids, encode, reconstruct, args.seed, device=device)
+    metrics, shown = evaluate.measure(ds, train_ids, val_ids, encode, reconstruct, args.seed, device=device)
     few = data.to_float(ds.x_train[val_ids][:16].to(device))
     with torch.no_grad():
         if reconstruct:
@@ -465,16 +558,17 @@ def finish(run, args, ds, model, device, seconds):
             report.write_png(run.folder / 'interpolation.png', report.sheet(*rows))
     if args.method == 'simclr':
         write_views(run.folder / 'views.png', few, views_of(args), args.seed)
-    complete(run, args, metrics, seconds, began)
+    complete(run, args, ds, metrics, shown, seconds, began)
 
 
-def complete(run, args, metrics, seconds, began):
-    """Write metrics.json, which makes the run a finished one, and say what it holds."""
+def complete(run, args, ds, metrics, shown, seconds, began):
+    """Write report.html and then metrics.json, which makes the run a finished one, and say what it holds."""
     rows = runs.read_log(run.folder)
     metrics.update(method=args.method, epochs=rows[-1]['epoch'] if rows else None, seconds=round(seconds, 1),
                    measuring_seconds=round(time.monotonic() - began, 1))
+    page.write(run.folder, run.config, metrics, shown, ds.classes, args.perplexity)
     run.write_metrics(metrics)
-    print(report.describe(metrics), f'-> {run.folder}', sep='\n')
+    print(report.describe(metrics), f'-> {run.folder}/report.html', sep='\n')
 
 
 def write_views(path, x, views, seed):

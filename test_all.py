@@ -298,7 +298,7 @@ def test_help_shows_every_flag_with_its_default():
         assert ''.join((action.help % {}).split()) in text, dest
         per = cli.PER_METHOD.get(dest, {})
         default = getattr(plain, dest, None)
-        if dest in ('val', 'seed'):
+        if dest in ('val', 'seed', 'perplexity'):
             assert f'(default: {default})' in action.help
         else:
             assert dest in per or dest == 'method' or default in (None, False)
@@ -332,7 +332,7 @@ def test_a_wrong_value_of_any_number_flag_is_one_line_and_starts_nothing():
     wrong = ['-1', '-1e9', 'nan', 'inf', '1e999', '9' * 400, '', 'abc', '1,5', '0x10', '--lr']
     zero = {'seed', 'epochs', 'weight_decay', 'warmup', 'patience', 'min_delta', 'noise', 'beta', 'rotate',
             'jitter', 'blur', 'cutout', 'mixup', 'sam', 'closing', 'threshold',
-            'ema'}                                 # where 0 is a value like others
+            'ema', 'perplexity'}                                 # where 0 is a value like others
     with folder() as cwd:
         for dest, action in numbers.items():
             for text in wrong + ['0'] * (dest not in zero) + ['1.5'] * (dest == 'epochs'):
@@ -1416,20 +1416,20 @@ def test_linear_probe_is_the_optimum_that_scipy_finds():
     a, b, test = slice(0, 50), slice(50, 90), randn(40, 4, seed=7) * torch.tensor([1, 10, 0.1, 3]) + 5
     X, Y, l2s = x.double().numpy(), y.numpy(), (1e-3, 1e-1, 10.0)
     scores = {l2: (logistic_by_scipy(X[a], Y[a], 3, l2)(X[b]).argmax(1) == Y[b]).mean() for l2 in l2s}
-    pred, l2 = evaluate.linear_probe(x[a], y[a], x[b], y[b], test, l2s)
+    logits, l2 = evaluate.linear_probe(x[a], y[a], x[b], y[b], test, l2s)
     assert scores[l2] == max(scores.values()) > min(scores.values())      # chosen on validation, fitted on both
-    assert pred.tolist() == logistic_by_scipy(X, Y, 3, l2)(test.double().numpy()).argmax(1).tolist()
+    assert logits.argmax(1).tolist() == logistic_by_scipy(X, Y, 3, l2)(test.double().numpy()).argmax(1).tolist()
 
 
 def test_linear_probe_standardises_by_training_rows_only():
     x, y = blobs(60, 3, 4, spread=4)
     test, outliers = x[40:] + 1, randn(500, 4) * 1e4
-    pred, l2 = evaluate.linear_probe(x[:30], y[:30], x[30:40], y[30:40], test)
+    logits, l2 = evaluate.linear_probe(x[:30], y[:30], x[30:40], y[30:40], test)
     with_others, _ = evaluate.linear_probe(x[:30], y[:30], x[30:40], y[30:40], torch.cat([test, outliers]))
-    assert torch.equal(with_others[:20], pred) and len(set(pred.tolist())) == 3
+    assert torch.equal(with_others[:20], logits) and len(set(logits.argmax(1).tolist())) == 3
     affine = lambda v: v * torch.tensor([100, 0.01, 1, 5]) - 3
     moved, _ = evaluate.linear_probe(affine(x[:30]), y[:30], affine(x[30:40]), y[30:40], affine(test))
-    assert torch.equal(moved, pred)
+    assert torch.equal(moved.argmax(1), logits.argmax(1))
     alone, l2 = evaluate.linear_probe(x[:30], y[:30], x[:0], y[:0], test)       # nothing to choose with
     assert l2 == 1e-2 and len(alone) == 20
 
@@ -1463,7 +1463,7 @@ def test_in_chunks_is_the_function_of_all_pictures_as_floats():
 
 def measure(**kwargs):
     ds = data._dataset('tiny', kwargs)
-    return evaluate.measure(ds, *data.split(len(ds.x_train), 20, 0), lambda x: x.flatten(1), probe_share=0.5)
+    return evaluate.measure(ds, *data.split(len(ds.x_train), 20, 0), lambda x: x.flatten(1), probe_share=0.5)[0]
 
 
 def test_measure_scores_separable_classes_1_and_shuffled_labels_by_chance():
@@ -1499,7 +1499,7 @@ def test_kmeans_accuracy_maps_clusters_to_classes_by_training_labels():
     found = (ds.y_train[ids[0]] + 1) % 3, torch.zeros(4, 120), 0.0        # cluster k + 1 is class k; 3 is none
     with mock.patch.object(evaluate, 'kmeans', return_value=found), \
             mock.patch.object(evaluate, 'nearest', return_value=(pred, None)):
-        m = evaluate.measure(ds, *ids, lambda x: x.flatten(1))
+        m, _ = evaluate.measure(ds, *ids, lambda x: x.flatten(1))
     right = [p != 3 and (p - 1) % 3 == y for p, y in zip(pred.tolist(), a['y_test'])]
     assert close(m['kmeans_acc'], sum(right) / 30) and m['kmeans_mapping'] == 'train'
     assert close(m['kmeans_nmi'], evaluate.nmi(pred, a['y_test'])) and m['clusters'] == 4
@@ -1508,10 +1508,10 @@ def test_kmeans_accuracy_maps_clusters_to_classes_by_training_labels():
 def test_measure_classifier_counts_hits_on_the_test_set():
     a = arrays(40, 30)
     logits = lambda x: x[:, 0, 5, :3]                                     # nonsense, but repeatable
-    m = evaluate.measure_classifier(data._dataset('tiny', a), logits)
+    m, shown = evaluate.measure_classifier(data._dataset('tiny', a), logits)
     wanted = [row[5, :3].argmax() == y for row, y in zip(a['x_test'], a['y_test'])]
     assert close(m['accuracy'], sum(wanted) / 30) and np.trace(m['confusion']) == sum(wanted) and m['n'] == 30
-    assert 'accuracy' not in evaluate.measure_classifier(data._dataset('tiny', {'x_train': a['x_train']}), logits)
+    assert 'accuracy' not in evaluate.measure_classifier(data._dataset('tiny', {'x_train': a['x_train']}), logits)[0]
 
 
 # labels.py ---------------------------------------------------------------------------------------------------
@@ -2059,7 +2059,7 @@ def test_measuring_leaves_the_backbone_bit_identical():
     model = recipes.model_of(args, ds.shape, torch.device('cpu')).train()
     before, ids = runs.state_digest(model.state_dict()), data.split(120, 12, 0)
     encode, reconstruct = recipes.representation(args, model, ds.x_train, torch.device('cpu'))
-    m = evaluate.measure(ds, *ids, encode, reconstruct)
+    m, _ = evaluate.measure(ds, *ids, encode, reconstruct)
     assert runs.state_digest(model.state_dict()) == before                # BatchNorm buffers included
     assert reconstruct is None and m['features'] == model.encoder.dim != model.head[-1].out_features
 
@@ -2069,7 +2069,7 @@ def test_every_method_learns_on_tiny_pictures_and_leaves_all_its_files():
              'simclr': 'views', 'classify': '', 'query': '', 'random': '', 'pixels': '', 'pca': 'reconstructions'}
     for method, pngs in shows.items():
         there = finished(method)
-        files = {'config.json', 'metrics.json', '.lock'} | {f'{png}.png' for png in pngs.split()}
+        files = {'config.json', 'metrics.json', 'report.html', '.lock'} | {f'{png}.png' for png in pngs.split()}
         if method in TRAINED:
             files |= {'log.jsonl', 'checkpoint.pt'}
             rows = logged(there)
