@@ -34,7 +34,7 @@ class LabelDatabase:
             row = self.db.execute('SELECT digest FROM dataset').fetchone()
             if row is None:
                 self.db.execute('INSERT INTO dataset VALUES (?)', (digest,))
-            self.revealed()                                                  # fails now if it is damaged
+            self.asked(), self.rounds()                                      # fails now if it is damaged
         except sqlite3.DatabaseError as e:
             raise ValueError(f'{path} is not a readable label database ({e})') from None
         if row is not None and row[0] != digest:

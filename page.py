@@ -44,8 +44,9 @@ def grid(rows, head=None):
     return f'<div class="scroll"><table>{top}<tbody>{"".join(row(r, "td") for r in rows)}</tbody></table></div>'
 
 
-def details(summary, body):
-    return f'<details><summary>{text(summary)}</summary>{body}</details>'
+def details(summary, body, opened=False):
+    state = ' open="open"' if opened else ''
+    return f'<details{state}><summary>{text(summary)}</summary>{body}</details>'
 
 
 def terms(pairs):
@@ -99,16 +100,16 @@ def axes(xs, ys, x_label, y_label, H=230, numbers=True, whole=False):
         return low - margin, high + margin
     (x0, x1), (y0, y1) = ends(xs), ends(ys)
     def place(x, y):
-        return 46 + (x - x0) / (x1 - x0) * 306, H - 38 - (y - y0) / (y1 - y0) * (H - 62)
-    lines = [f'<path class="axis" d="M46 24V{H - 38}H352"/><text x="4" y="13">{text(y_label)}</text>'
+        return 54 + (x - x0) / (x1 - x0) * 298, H - 38 - (y - y0) / (y1 - y0) * (H - 62)
+    lines = [f'<path class="axis" d="M54 24V{H - 38}H352"/><text x="4" y="13">{text(y_label)}</text>'
              f'<text class="end" x="352" y="{H - 6}">{text(x_label)}</text>']
     for v in ticks(x0, x1) if numbers else ():
         if not whole or v == round(v):
             lines.append(f'<text class="mid" x="{place(v, y0)[0]:.1f}" y="{H - 22}">{v:.6g}</text>')
     for v in ticks(y0, y1) if numbers else ():
         y = place(x0, v)[1]
-        lines.append(f'<path class="axis" d="M46 {y:.1f}H352"/>'
-                     f'<text class="end" x="41" y="{y + 4:.1f}">{v:.6g}</text>')
+        lines.append(f'<path class="axis" d="M54 {y:.1f}H352"/>'
+                     f'<text class="end" x="49" y="{y + 4:.1f}">{v:.6g}</text>')
     return ''.join(lines), place
 
 
@@ -262,7 +263,7 @@ def most_wrong(shown, names, n=24):
     sure, guess = shown['probs'].max(1)
     ids = torch.where(guess == shown['y'], -1, sure).argsort(descending=True)[:n]
     ids = ids[guess[ids] != shown['y'][ids]]
-    captions = [f'{names.get(y, y)}, taken for {names.get(g, g)}, {p:.0%}' for y, g, p in zip(
+    captions = [f'{names.get(y, y)}, taken for {names.get(g, g)}, {p:.1%}' for y, g, p in zip(
         *(v[ids].tolist() for v in (shown['y'], guess, sure)))]
     return section('Most confidently wrong', pictures(shown['x'].cpu()[ids.cpu()], captions)) if len(ids) else ''
 
@@ -299,7 +300,7 @@ def queries(shown, classes, metrics):
         mine = [i for i, row in enumerate(rows[:most]) if row[2] == r]
         captions = [classes[y] + (f', not {classes[guess]}' if guess not in (None, y) else '')
                     for _, y, _, guess in (rows[i] for i in mine)]
-        out += details(f'round {r}: {len(mine)} pictures', pictures(x[mine], captions))
+        out += details(f'round {r}: {len(mine)} pictures', pictures(x[mine], captions), opened=not out)
     counts = [sum(row[1] == k for row in rows) for k in range(len(classes))]
     return section('Labels paid for', f'<p>{len(rows):,} in all'
                    + (f', the first {most:,} are shown' if len(rows) > most else '') + '. Under each its label; if the '

@@ -49,7 +49,7 @@ def measures(m):
         rows.append(('accuracy', f'{m["accuracy"]:.2%}', f'from {m["labels"]:,} labels'))
         rows.append(('F1', f'{statistics.mean(m["f1"]):.3f}', 'mean over classes'))
     if 'estimate' in m:
-        rows.append(('estimate', f'{m["estimate"]:.2%}', 'accuracy on all training pictures, from the answers alone'))
+        rows.append(('estimate', f'{m["estimate"]:.2%}', 'of the accuracy at the last round, from the answers'))
     if 'mse' in m:
         rows.append(('MSE', f'{m["mse"]:.4f}', 'of reconstructions, pixels 0..1'))
         rows.append(('SSIM', f'{m["ssim"]:.3f}', '11 taps, sigma 1.5, no padding'))
