@@ -53,10 +53,10 @@ def terms(pairs):
     return '<dl>' + ''.join(f'<dt>{text(k)}</dt><dd>{text(v)}</dd>' for k, v in pairs) + '</dl>'
 
 
-def bars(names, values, form='{:.2f}'):
+def bars(title, names, values, form='{:.2f}'):
     """A bar for each name, the longest as wide as there is room."""
     shares = [v / max([*values, 1e-9]) for v in values]
-    return '<div class="card">' + ''.join(
+    return f'<div class="card bars"><h3>{text(title)}</h3>' + ''.join(
         f'<div class="bar"><span>{text(n)}</span><i style="width:{s:.1%}"></i><b>{form.format(v)}</b></div>'
         for n, s, v in zip(names, shares, values)) + '</div>'
 
@@ -253,7 +253,7 @@ def confusion(metrics, classes):
               f'<p>{len(classes)} classes are too many to print; the matrix is in metrics.json.</p>')
     return section('Confusion and F1 by class', '<p>Rows are the true class, columns the predicted one; numbers are '
                    'pictures, the shade their share of the row. F1 is the harmonic mean of precision and recall.</p>'
-                   '<div class="grid wide">', matrix, bars(classes, metrics['f1']), '</div>')
+                   '<div class="grid wide">', matrix, bars('F1', classes, metrics['f1']), '</div>')
 
 
 def most_wrong(shown, names, n=24):
@@ -306,7 +306,7 @@ def queries(shown, classes, metrics):
                    + (f', the first {most:,} are shown' if len(rows) > most else '') + '. Under each its label; if the '
                    'classifier had believed otherwise, what.</p><div class="grid">', chart('Accuracy', {
                        'estimated from the answers': curve, 'on the test set': final}, 'labels paid for', '%'),
-                   bars(classes, counts, '{:.0f}'), '</div>', out)
+                   bars('Labels by class', classes, counts, '{:.0f}'), '</div>', out)
 
 
 # ------------------------------------------------------------------------------------- the page of many
