@@ -2458,7 +2458,8 @@ def test_pages_are_well_formed_stand_alone_and_hold_what_each_method_has_to_show
             'Most confidently wrong'] * (not perfect(there)) + (
             ['Labels paid for'] if method in ('classify', 'query') else ['Clusters']), (method, sections(tree))
         said = words(tree)
-        assert runs.read_config(there)['command'] in said and torch.__version__ in said and 'Measured on 40 test pictures' in said
+        assert runs.read_config(there)['command'] in said and torch.__version__ in said
+        assert 'Measured on 40 test pictures' in said
         shown = [embedded(i.get('src')) for i in tree.iter('img')][:len(own)]
         assert all(np.array_equal(a, read_png(there / f'{stem}.png')) for a, stem in zip(
             shown, [stem for stem in drawn if (there / f'{stem}.png').exists()]))
