@@ -3,6 +3,7 @@
 Nothing is loaded from anywhere: pictures are inside as PNG, curves as SVG. Every page is well-formed XML too.
 """
 import base64
+import itertools
 import json
 import math
 from html import escape
@@ -285,15 +286,18 @@ def clusters(shown, names, seed, n=8):
                    'random with their true class.</p>', out)
 
 
+def estimates(rounds):
+    """[(labels paid for until then, accuracy estimated from them in percent or None)] of LabelDatabase.rounds."""
+    spent = itertools.accumulate((asked for asked, _ in rounds.values()), initial=0)
+    return [(n, estimate and 100 * estimate) for n, (_, estimate) in zip(spent, rounds.values())]
+
+
 def queries(shown, classes, metrics):
     """The labels paid for, in their order: how many of each class, the estimate of each round, the pictures."""
     if 'asked' not in shown:
         return ''
     x, rows, rounds = shown['asked']
-    spent, curve = 0, []
-    for asked, estimate in rounds.values():
-        curve.append((spent, estimate and 100 * estimate))
-        spent += asked
+    curve, spent = estimates(rounds), len(rows)
     final = [(spent, 100 * metrics['accuracy'])] if 'accuracy' in metrics else []
     out, most = '', 1000 // x.shape[1]
     for r in dict.fromkeys(row[2] for row in rows[:most]):
@@ -319,10 +323,7 @@ def write_comparison(path, folders):
         metrics = runs.read_json(folder / 'metrics.json') if (folder / 'metrics.json').exists() else {}
         if (folder / 'labels.sqlite').exists():
             paid = labels.LabelDatabase(folder / 'labels.sqlite', None, 0, config['data']['digest'])
-            spent = 0
-            for asked, estimate in paid.rounds().values():
-                by_labels.setdefault(f'{name}, estimated', []).append((spent, estimate and 100 * estimate))
-                spent += asked
+            by_labels[f'{name}, estimated'] = estimates(paid.rounds())
         if metrics.get('labels') and metrics.get('accuracy'):
             by_labels[f'{name}, tested'] = [(metrics['labels'], 100 * metrics['accuracy'])]
         losses.setdefault(config['args']['method'], {})[name] = [

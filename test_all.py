@@ -2562,6 +2562,19 @@ def test_the_labels_paid_for_are_shown_in_their_order_with_the_estimates():
     assert [b.text for b in part.iter('b')] == [str(n) for n in torch.bincount(y).tolist()]
 
 
+def test_estimates_stand_at_the_labels_they_came_from():
+    with folder() as f:
+        paid = labels.LabelDatabase(f / 'labels.sqlite', lambda ids: [0] * len(ids), 100, 'digest')
+        for r, (ids, estimate) in enumerate([(range(10), None), (range(10, 40), 0.25), (range(40, 45), 0.5), ([], 0.75)]):
+            paid.reveal(ids, r, None, estimate)
+        wanted = [(0, None), (10, 25), (40, 50), (45, 75)]
+        assert page.estimates(paid.rounds()) == wanted
+        runs.write_json(f / 'config.json', {'data': {'digest': 'digest'}, 'args': {'method': 'query', 'seed': 0}})
+        page.write_comparison(f / 'report.html', [f])
+        table = list(read_page(f / 'report.html').iter('table'))[1]
+        assert [[float(c.text) for c in tr] for tr in table.find('tbody')] == [list(p) for p in wanted[1:]]
+
+
 def test_comparison_writes_a_page_with_the_same_table_and_all_curves():
     with folder() as cwd:
         there = [finished(m) for m in ('ae', 'conv', 'simclr', 'classify', 'query')]
