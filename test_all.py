@@ -2565,7 +2565,8 @@ def test_the_labels_paid_for_are_shown_in_their_order_with_the_estimates():
 def test_estimates_stand_at_the_labels_they_came_from():
     with folder() as f:
         paid = labels.LabelDatabase(f / 'labels.sqlite', lambda ids: [0] * len(ids), 100, 'digest')
-        for r, (ids, estimate) in enumerate([(range(10), None), (range(10, 40), 0.25), (range(40, 45), 0.5), ([], 0.75)]):
+        asked = [(range(10), None), (range(10, 40), 0.25), (range(40, 45), 0.5), ([], 0.75)]
+        for r, (ids, estimate) in enumerate(asked):
             paid.reveal(ids, r, None, estimate)
         wanted = [(0, None), (10, 25), (40, 50), (45, 75)]
         assert page.estimates(paid.rounds()) == wanted
