@@ -184,22 +184,35 @@ def _read_folder(folder):
     return {key: read_idx(path) for key, path in files.items() if path}
 
 
-def _read_npz(path):
-    """Arrays of an .npz; pickles inside are refused, and so is an array larger than MAX_BYTES."""
+def read_pictures(path):
+    """Pictures (N, C, H, W) uint8 of one file: an .npz with x, x_train or x_test, the first of them that there is, or
+    an IDX file. ValueError, one sentence, if it holds anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f'{path} is no file; wanted an .npz with x, x_train or x_test, or an IDX file')
+    with open(path, 'rb') as f:
+        zipped = f.read(2) == b'PK'
+    return _pictures(str(path), next(iter(_read_npz(path, ('x', 'x_train', 'x_test')).values())) if zipped
+                     else read_idx(path), 1)
+
+
+def _read_npz(path, keys=tuple(IDX_NAMES)):
+    """Arrays of an .npz, of the keys that it has; pickles inside are refused, and so are more bytes than MAX_BYTES."""
     try:
         with zipfile.ZipFile(path) as z:
             if sum(i.file_size for i in z.infolist()) > MAX_BYTES:
                 raise ValueError(f'{path} unpacks to more than {MAX_BYTES >> 30} GiB')
         with np.load(path, allow_pickle=False) as z:
-            arrays = {key: z[key] for key in IDX_NAMES if key in z.files}
+            arrays = {key: z[key] for key in keys if key in z.files}
             found = ', '.join(z.files) or 'nothing'
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, MemoryError, KeyError, ValueError,
             NotImplementedError, RuntimeError, SyntaxError, OverflowError) as e:
         raise ValueError(f'{path} is not a readable .npz of plain arrays ({" ".join(str(e).split())})') from None
     if not all(isinstance(a, np.ndarray) for a in arrays.values()):
         raise ValueError(f'{path} is not a readable .npz: a member is no array')
-    if 'x_train' not in arrays:
-        raise ValueError(f'{path} holds {found}; wanted x_train and, optionally, y_train, x_test, y_test')
+    if not arrays or ('x' not in keys and 'x_train' not in arrays):
+        raise ValueError(f'{path} holds {found}; wanted ' + ('x, x_train or x_test' if 'x' in keys else
+                                                             'x_train and, optionally, y_train, x_test, y_test'))
     return arrays
 
 

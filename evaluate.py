@@ -229,7 +229,7 @@ def knn(x_train, y_train, x_test, k=20, tau=0.07, classes=None):
 
 
 def linear_probe(x_train, y_train, x_val, y_val, x_test, l2s=(1e-3, 1e-2, 1e-1, 1.0)):
-    """(predicted classes (N,), chosen l2): multinomial logistic regression on frozen features.
+    """(logits (N, K), chosen l2): multinomial logistic regression on frozen features.
 
     Features are standardised by the training rows. The L2 strength is chosen by accuracy on the
     validation rows; then the probe is fitted anew on both. All of these labels count as used.
@@ -241,7 +241,7 @@ def linear_probe(x_train, y_train, x_val, y_val, x_test, l2s=(1e-3, 1e-2, 1e-1, 
         scores.append(((pred == y_val).float().mean().item(), l2))
     l2 = max(scores)[1]
     predict = logistic_regression(torch.cat([x_train, x_val]), torch.cat([y_train, y_val]), K, l2)
-    return predict(x_test).argmax(1), l2
+    return predict(x_test), l2
 
 
 def logistic_regression(x, y, K, l2, iterations=200):
@@ -286,6 +286,18 @@ class PCA:
         return z @ self.components.T + self.mean
 
 
+def principal(h, k=2):
+    """First k principal components of h (N, D): (N, k); 0 beyond its dimensions. Through the smaller of the N x N
+    products of pictures and the D x D covariance."""
+    if h.shape[1] <= len(h):
+        y = PCA(h, min(k, h.shape[1])).encode(h)
+    else:
+        h = h - h.mean(0)
+        values, vectors = torch.linalg.eigh((h @ h.T).cpu())
+        y = (vectors[:, -k:] * values[-k:].clamp(min=0).sqrt()).flip(1).to(h.device)
+    return F.pad(y, (0, k - y.shape[1]))
+
+
 def effective_rank(h):
     """exp of the entropy of the normalised singular values of centred h (N, D) (Roy & Vetterli 2007).
 
@@ -305,7 +317,8 @@ def active_units(mu, threshold=0.01):
 
 @torch.no_grad()
 def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_share=0.1, device='cpu'):
-    """Every measure of one representation, as a dict for metrics.json. Reads the test set once.
+    """(every measure of one representation, as a dict for metrics.json; what they were measured on, to look at).
+    Reads the test set once.
 
     Scored on the test set; on the validation pictures if there is no test set, or if it has no labels
     while the training set has some. Measures that need labels the data set lacks are named in 'left_out'.
@@ -315,6 +328,9 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_shar
     from validation and choose the L2 strength. kmeans_*: on L2-normalised features, fitted on the training
     pictures, k = the number of classes; ACC maps clusters to classes by Hungarian matching on the training
     labels, NMI, ARI and purity need no mapping.
+
+    To look at, each as far as there is one: x pictures, y labels, h features, probs (N, K) of the probe, and the
+    k-means: clusters (N,), centres, mapping {cluster: class}.
     """
     use_test = ds.x_test is not None and (ds.y_test is not None or ds.y_train is None)
     x, y = (ds.x_test, ds.y_test) if use_test else (ds.x_train, ds.y_train)
@@ -325,19 +341,21 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_shar
     h, h_train = (in_chunks(encode, v, ids=of, device=device).float() for v, of in ((x, ids), (ds.x_train, train_ids)))
     out.update(features=h.shape[1], effective_rank=effective_rank(h),
                feature_std=h.std(0, unbiased=False).mean().item())
+    shown = {'x': x if use_test else x[ids], 'h': h}
     if y is None:
-        return {**out, 'left_out': ['knn', 'probe', 'kmeans']}
+        return {**out, 'left_out': ['knn', 'probe', 'kmeans']}, shown
     y, K = y[ids].to(device), len(ds.classes)
     index, centres, _ = kmeans(F.normalize(h_train, dim=1), min(K, len(h_train)), restarts=5, seed=seed)
     pred = nearest(F.normalize(h, dim=1), centres)[0]
     out.update(clusters=len(centres), kmeans_nmi=nmi(pred, y), kmeans_ari=ari(pred, y), kmeans_purity=purity(pred, y))
+    shown.update(y=y, clusters=pred, centres=centres)
     if ds.y_train is None:
-        return {**out, 'kmeans_acc': hungarian_accuracy(pred, y)[0], 'kmeans_mapping': out['split'],
-                'left_out': ['knn', 'probe']}
+        out['kmeans_acc'], shown['mapping'] = hungarian_accuracy(pred, y)
+        return {**out, 'kmeans_mapping': out['split'], 'left_out': ['knn', 'probe']}, shown
     known, val_ids = (ds.y_train[train_ids] >= 0).to(device), ds.labelled(val_ids)
     h_train, h_val = h_train[known], in_chunks(encode, ds.x_train, ids=val_ids, device=device).float()
     y_train, y_val = ds.y_train[train_ids].to(device)[known], ds.y_train[val_ids].to(device)
-    mapping = hungarian_accuracy(index[known], y_train)[1]
+    mapping = shown['mapping'] = hungarian_accuracy(index[known], y_train)[1]
     mapped = torch.tensor([mapping.get(i, -1) for i in range(len(centres))], device=device)[pred]
     out.update(kmeans_acc=(mapped == y).float().mean().item(), kmeans_mapping='train')
     bank = (h_train, y_train) if not use_test else (torch.cat([h_train, h_val]), torch.cat([y_train, y_val]))
@@ -345,9 +363,10 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_shar
     n = max(2, round(probe_share * (len(y_train) + len(y_val))))
     a = torch.randperm(len(y_train), generator=data.generator('cpu', seed, 'probe'))[:n - n // 6].to(device)
     b = torch.arange(0 if not use_test else min(n // 6, len(y_val)), device=device)
-    pred, l2 = linear_probe(h_train[a], y_train[a], h_val[b], y_val[b], h)
+    logits, l2 = linear_probe(h_train[a], y_train[a], h_val[b], y_val[b], h)
+    pred, shown['probs'] = logits.argmax(1), logits.softmax(1)
     return {**out, 'probe': (pred == y).float().mean().item(), 'probe_labels': len(a) + len(b), 'probe_l2': l2,
-            **by_class(pred, y, K)}
+            **by_class(pred, y, K)}, shown
 
 
 def by_class(pred, y, K):
@@ -357,42 +376,63 @@ def by_class(pred, y, K):
 
 
 @torch.no_grad()
-def measure_classifier(ds, logits, device='cpu'):
-    """Accuracy, F1 and confusion of logits(x) on the test set, as a dict for metrics.json; read once."""
-    if ds.x_test is None or ds.y_test is None:
-        return {'left_out': ['accuracy: there is no labelled test set']}
-    pred, y = in_chunks(logits, ds.x_test, device=device).argmax(1), ds.y_test.to(device)
+def measure_classifier(ds, answer, device='cpu', seed=0):
+    """(accuracy, F1 and confusion on the test set, as a dict for metrics.json; what to look at, as from measure).
+
+    answer(x): (B, K + D), class probabilities beside features. The test set is read once; without labels for it
+    nothing is measured, and what is to be looked at is 2,000 training pictures drawn by the seed, without labels.
+    """
+    K, labelled = len(ds.classes), ds.x_test is not None and ds.y_test is not None
+    x = ds.x_test if labelled else ds.x_train[sample(len(ds.x_train), 2000, seed)]
+    out = in_chunks(answer, x, device=device)
+    shown = {'x': x, 'h': out[:, K:], 'probs': out[:, :K]}
+    if not labelled:
+        return {'left_out': ['accuracy: there is no labelled test set']}, shown
+    pred, y = shown['probs'].argmax(1), ds.y_test.to(device)
     return {'split': 'test', 'n': len(y), 'left_out': [], 'accuracy': (pred == y).float().mean().item(),
-            **by_class(pred, y, len(ds.classes))}
+            **by_class(pred, y, K)}, {**shown, 'y': y}
+
+
+def sample(n, most, *key):
+    """Ids of n things, at most `most` of them, drawn by the key; sorted int64 on the CPU."""
+    return torch.randperm(n, generator=data.generator('cpu', 'sample', *key))[:most].sort().values
 
 
 @torch.no_grad()
-def measure_clusters(ds, probs, pred_train, device='cpu'):
-    """ACC, NMI, ARI, purity, F1 and confusion of the clusters probs(x).argmax(1) on the test set, as a dict for
-    metrics.json; read once. On the training pictures, assigned pred_train (N,), where there is no labelled test set.
+def measure_clusters(ds, answer, K, pred_train, device='cpu'):
+    """(ACC, NMI, ARI, purity, F1 and confusion of K clusters on the test set, as a dict for metrics.json; what to
+    look at, as from measure). Reads the test set once; without a labelled one it scores the training pictures.
 
-    ACC and F1 name each cluster by Hungarian matching on the training labels (on the scored ones if there are no
-    others); pictures in clusters left unmatched count as wrong.
+    answer(x): (B, K + D), cluster probabilities beside features; pred_train (N,): the clusters of the training
+    pictures. ACC and F1 name each cluster by Hungarian matching on the training labels (on the scored ones if there
+    are no others); pictures in clusters left unmatched count as wrong.
     """
-    K, pred, y, by = probs(data.to_float(ds.x_train[:2].to(device))).shape[1], pred_train.cpu(), None, 'test'
+    pred, y, by, ids = pred_train.cpu(), None, 'test', torch.arange(len(pred_train))
     if ds.y_train is not None:
-        known, by = ds.labelled(), 'training'
-        pred, y = pred[known], ds.y_train[known]
+        ids, by = ds.labelled(), 'training'
+        pred, y = pred[ids], ds.y_train[ids]
         name = hungarian_accuracy(pred, y)[1]
     use_test = ds.x_test is not None and (ds.y_test is not None or y is None)
+    some = torch.arange(len(ds.x_test)) if use_test else ids[sample(len(ids), 2000, 'clusters')]
+    x = (ds.x_test if use_test else ds.x_train)[some]
+    out = in_chunks(answer, x, device=device).cpu()
     if use_test:
-        pred, y = in_chunks(probs, ds.x_test, device=device).argmax(1).cpu(), ds.y_test
+        pred, y = out[:, :K].argmax(1), ds.y_test
+    h, seen = F.normalize(out[:, K:], dim=1), pred if use_test else pred_train.cpu()[some]
+    centres = torch.stack([h[seen == c].mean(0) if (seen == c).any() else h.mean(0) for c in range(K)])
+    shown = {'x': x, 'h': out[:, K:], 'clusters': seen, 'centres': centres}
     sizes = torch.bincount(pred, minlength=K)
     out = {'split': 'test' if use_test else 'training', 'n': len(pred), 'clusters': K, 'left_out': [],
            'live_clusters': int((sizes > 0).sum()), 'sizes': sizes.tolist()}
     if y is None:
-        return {**out, 'left_out': ['ACC, NMI, ARI, purity: there are no labels']}
+        return {**out, 'left_out': ['ACC, NMI, ARI, purity: there are no labels']}, shown
     if by == 'test':
         name = hungarian_accuracy(pred, y)[1]
+    shown.update(y=y if use_test else ds.y_train[some], mapping=name)
     named = torch.tensor([name.get(c, -1) for c in range(K)])[pred]
     classes = len(ds.classes)
     table = confusion_matrix(named[named >= 0], y[named >= 0], classes)
     missed = np.bincount(y[named < 0].numpy(), minlength=classes)            # in clusters that stand for no class
     both = 2 * table.diagonal() / np.maximum(table.sum(0) + table.sum(1) + missed, 1)
     return {**out, 'acc': (named == y).float().mean().item(), 'mapping': by, 'nmi': nmi(pred, y), 'ari': ari(pred, y),
-            'purity': purity(pred, y), 'f1': both.tolist(), 'confusion': table.tolist()}
+            'purity': purity(pred, y), 'f1': both.tolist(), 'confusion': table.tolist()}, shown

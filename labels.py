@@ -40,7 +40,7 @@ class LabelDatabase:
             row = self.db.execute('SELECT digest FROM dataset').fetchone()
             if row is None:
                 self.db.execute('INSERT INTO dataset VALUES (?)', (digest,))
-            self.revealed()                                                  # fails now if it is damaged
+            self.asked(), self.rounds()                                      # fails now if it is damaged
         except sqlite3.DatabaseError as e:
             raise ValueError(f'{path} is not a readable label database ({e})') from None
         if row is not None and row[0] != digest:
@@ -67,6 +67,11 @@ class LabelDatabase:
         """Ids of this round's questions that are open, in the order they were asked."""
         return [i for i, in self.db.execute('SELECT id FROM queries WHERE round = ? AND time IS NULL ORDER BY number',
                                             (round,))]
+
+    def history(self):
+        """[(id, label, round, what had been believed or None)] of the answered questions, in their order."""
+        return self.db.execute('SELECT id, label, round, guess FROM queries WHERE label IS NOT NULL '
+                               'ORDER BY number').fetchall()
 
     def tally(self, round):
         """(questions, labels given, skipped, share of the labels that had been guessed wrong or None) of a round."""

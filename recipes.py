@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import math
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import evaluate
 import labels
 import nets
 import oracle
+import page
 import report
 import runs
 import search as searching
@@ -34,10 +36,16 @@ def main(args, typed, defaults):
             name = args.dataset or 'fashion-mnist'
             print(f'{name} is in {data.find(name)}')
         elif 'compare' in typed:
-            folders = args.compare or sorted(p.parent for p in Path('runs').glob('*/metrics.json'))
-            print(report.compare(folders) if folders else 'runs/ holds no finished run yet')
+            compare(args.compare or sorted(p.parent for p in Path('runs').glob('*/metrics.json')))
+        elif 'list' in typed:
+            folders = sorted(p.parent for p in Path('runs').glob('*/config.json'))
+            print('\n'.join(f'{f}: {runs.state(f)}' for f in folders) or 'runs/ holds no run yet')
         elif 'evaluate' in typed:
-            evaluate_again(Path(args.evaluate), args.device)
+            evaluate_again(Path(args.evaluate), args)
+        elif 'export' in typed:
+            export(Path(args.export[0]), args.export[1], args.device)
+        elif 'predict' in typed:
+            predict(Path(args.predict[0]), args.predict[1], args.device)
         elif 'show_views' in typed:
             show_views(args)
         else:
@@ -307,13 +315,32 @@ class Asking:
 def score(run, args, ds, model, device, seconds):
     """Measure a classifier on the test set, once, and write metrics.json."""
     began, paid = time.monotonic(), labels.LabelDatabase(run.folder / 'labels.sqlite', None, 0, ds.digest)
-    metrics = {'labels': paid.spent, **evaluate.measure_classifier(ds, probabilities(args, model, device), device)}
+    metrics, shown = evaluate.measure_classifier(ds, answers(args, model, device), device, args.seed)
+    rows = paid.history()
+    shown['asked'] = ds.x_train[torch.tensor([i for i, *_ in rows])], rows, paid.rounds()
     if args.method == 'query':
-        write_predictions(run.folder, predict(args, model, ds.x_train, device).cpu(), paid, ds.classes)
+        write_predictions(run.folder, probabilities(args, model, ds.x_train, device).cpu(), paid, ds.classes)
     estimates = [estimate for _, estimate in paid.rounds().values() if estimate is not None]
     if estimates:
         metrics.update(estimate=estimates[-1], rounds=len(paid.rounds()))
-    complete(run, args, metrics, seconds, began)
+    complete(run, args, ds, {'labels': paid.spent, **metrics}, shown, seconds, began)
+
+
+def answers(args, model, device):
+    """Function from float pictures to (B, K + D): class probabilities beside features. Where training mirrored
+    pictures, probabilities are the mean of those of both ways round."""
+    net = getattr(model, 'teacher', model)
+    def forward(x):
+        h = net.encode(x)
+        return torch.cat([net.head(h), h], 1)
+    K, both = net.head[-1].out_features, representation(args, model, None, device, forward)[0]
+    def answer(x):
+        out = both(x)
+        probs = out[:, :K].softmax(1)
+        if args.flip:
+            probs = (probs + both(x.flip(3))[:, :K].softmax(1)) / 2
+        return torch.cat([probs, out[:, K:]], 1)
+    return answer
 
 
 def write_predictions(folder, probs, paid, classes):
@@ -411,7 +438,7 @@ class Clustering:
         if now:
             before = runs.load_checkpoint(self.file(now - 1))['pred'].to(self.device)
         if args.method == 'scan':
-            probs = predict(args, self.model, self.ds.x_train, self.device) if now else cluster.scan_heads(
+            probs = probabilities(args, self.model, self.ds.x_train, self.device) if now else cluster.scan_heads(
                 self.h, self.near, args.clusters, args.heads, args.entropy, seed=args.seed)[0]
             pred, chosen = probs.argmax(1), cluster.reliable(probs, self.near, args.threshold)
             chosen = chosen[::math.ceil(len(chosen) / MOST)]
@@ -441,7 +468,7 @@ class Clustering:
     def finish(self):
         """best.pt and final.pt: the final assignment is made by the network as it is now."""
         state = {'model': self.model.state_dict(),
-                 'pred': predict(self.args, self.model, self.ds.x_train, self.device).argmax(1).cpu()}
+                 'pred': probabilities(self.args, self.model, self.ds.x_train, self.device).argmax(1).cpu()}
         final = cluster.criterion(state['pred'].to(self.device), self.near, self.args.clusters, self.args.entropy)
         runs.write_state(self.run.folder / 'final.pt', {**state, 'criterion': final})
         trained = [runs.load_checkpoint(path) for path in sorted(self.run.folder.glob('iteration-*.pt'))[1:]]
@@ -451,27 +478,18 @@ class Clustering:
         runs.write_state(self.run.folder / 'best.pt', {**state, 'criterion': final})
 
 
-def predict(args, model, x, device):
-    """Class or cluster probabilities (N, K) of uint8 pictures x, as probabilities gives them."""
-    return evaluate.in_chunks(probabilities(args, model, device), x, device=device)
-
-
-def probabilities(args, model, device):
-    """Function from float pictures (B, C, H, W) to class or cluster probabilities (B, K); where training mirrors,
-    the mean of both ways round."""
-    logits = representation(args, model, None, device, model.forward)[0]
-    def probs(x):
-        p = logits(x).softmax(1)
-        return (p + logits(x.flip(3)).softmax(1)) / 2 if args.flip else p
-    return probs
+def probabilities(args, model, x, device):
+    """Class or cluster probabilities (N, K) of uint8 pictures x."""
+    K = getattr(model, 'teacher', model).head[-1].out_features
+    return evaluate.in_chunks(answers(args, model, device), x, device=device)[:, :K]
 
 
 def score_clusters(run, args, ds, model, device, seconds):
     """Measure best.pt on the test set, once, and write metrics.json and pictures."""
     began, best = time.monotonic(), runs.load_checkpoint(run.folder / 'best.pt')
     model.load_state_dict(best['model'])
-    metrics = evaluate.measure_clusters(ds, probabilities(args, model, device), best['pred'], device)
-    complete(run, args, {**metrics, 'criterion': best['criterion']}, seconds, began)
+    metrics, shown = evaluate.measure_clusters(ds, answers(args, model, device), args.clusters, best['pred'], device)
+    complete(run, args, ds, {**metrics, 'criterion': best['criterion']}, shown, seconds, began)
 
 
 class Trial:
@@ -674,24 +692,88 @@ def representation(args, model, x_train, device, forward=None):
     return encode, reconstruct if hasattr(model, 'decode') else None
 
 
-def evaluate_again(folder, device):
-    """Load a finished run's checkpoint and write its measures and pictures anew."""
+def reopen(folder, device):
+    """(config, args, model or None, device) of a finished run."""
     config = runs.read_config(folder)
+    args, device = argparse.Namespace(**config['args']), pick_device(device)
+    if not (folder / 'metrics.json').exists():
+        raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
+    return config, args, load_model(folder, config, device) if 'net' in args else None, device
+
+
+def data_of(folder, config):
+    """The data set that a run was made from."""
     args = argparse.Namespace(**config['args'])
-    device = pick_device(device)
     ds = load(args)
     if ds.digest != config['data']['digest']:
         raise ValueError(f'{folder} was made from other data than '
                          f'{args.data or getattr(args, "dataset", None) or "Fashion-MNIST here"}')
+    return ds
+
+
+def evaluate_again(folder, now):
+    """Load a finished run's checkpoint and write its measures, pictures and page anew."""
+    config, args, model, device = reopen(folder, now.device)
+    ds, args.perplexity = data_of(folder, config), now.perplexity
     run = runs.Run(folder, config, resume=True)
-    if not run.finished:
-        raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
     seconds = runs.read_json(folder / 'metrics.json').get('seconds') or 0.0
-    if args.method in ('cluster', 'scan'):
-        score_clusters(run, args, ds, network_of(config, device), device, seconds)
-    else:
-        model = load_model(folder, config, device) if 'net' in args else None
-        (score if args.method in RECIPES else finish)(run, args, ds, model, device, seconds)
+    (score_clusters if args.method in ('cluster', 'scan') else score if args.method in RECIPES else finish)(
+        run, args, ds, model, device, seconds)
+
+
+def export(folder, path, device):
+    """Write the features of all pictures of a finished run as an .npz, with ids, split and the labels that are known:
+    of a classifier's training pictures those it paid for, -1 for the others."""
+    config, args, model, device = reopen(folder, device)
+    ds = data_of(folder, config)
+    few = args.method in RECIPES
+    train_ids, val_ids = data.split(len(ds.x_train), args.val, args.seed)
+    encode = representation(args, model, ds.x_train[train_ids] if args.method == 'pca' else None, device)[0]
+    split = np.full(len(ds.x_train), 'train', '<U10')
+    if not few:
+        split[val_ids] = 'validation'
+    y = torch.full((len(ds.x_train),), -1) if few or ds.y_train is None else ds.y_train
+    if args.method in ('classify', 'query'):
+        ids, paid = labels.LabelDatabase(folder / 'labels.sqlite', None, 0, ds.digest).revealed()
+        y[ids] = paid
+    parts = [(ds.x_train, y, split)]
+    if ds.x_test is not None:
+        y_test = torch.full((len(ds.x_test),), -1) if ds.y_test is None else ds.y_test
+        parts.append((ds.x_test, y_test, np.full(len(ds.x_test), 'test', '<U10')))
+    with torch.no_grad():
+        features = [evaluate.in_chunks(encode, x, device=device).cpu().numpy() for x, _, _ in parts]
+    blob = io.BytesIO()
+    np.savez(blob, features=np.concatenate(features), ids=np.concatenate([np.arange(len(x)) for x, _, _ in parts]),
+             labels=np.concatenate([y.numpy() for _, y, _ in parts]), split=np.concatenate([s for *_, s in parts]))
+    runs.write_atomic(path, blob.getvalue())
+    print(f'{sum(len(h) for h in features):,} features of {features[0].shape[1]} -> {path}')
+
+
+def predict(folder, path, device):
+    """Print the class that a finished classifier gives each picture of a file, as CSV."""
+    config, args, model, device = reopen(folder, device)
+    if args.method not in ('classify', 'query'):
+        raise ValueError(f'{folder} holds no classifier: it is a run of --method {args.method}; wanted one of classify '
+                         'or query')
+    x, shape, classes = data.read_pictures(path), tuple(config['data']['shape']), config['data']['classes']
+    if x.shape[1:] != shape:
+        raise ValueError(f'{path} holds pictures {tuple(x.shape[1:])}, and {folder} was trained on {shape}')
+    with torch.no_grad():
+        sure, pred = probabilities(args, model, x, device).max(1)
+    out = csv.writer(sys.stdout, lineterminator='\n')
+    out.writerow(['index', 'class', 'name', 'confidence'])
+    out.writerows([i, k, classes[k], f'{p:.4f}'] for i, (k, p) in enumerate(zip(pred.tolist(), sure.tolist())))
+
+
+def compare(folders):
+    """Print one table of these runs and write runs/report.html about them."""
+    folders = [f for f in folders if Path(f).name != 'report.html']        # which runs/* names too
+    if not folders:
+        return print('runs/ holds no finished run yet')
+    print(report.table(report.compare(folders)))
+    Path('runs').mkdir(exist_ok=True)
+    page.write_comparison(Path('runs/report.html'), folders)
+    print('-> runs/report.html')
 
 
 def finish(run, args, ds, model, device, seconds):
@@ -700,7 +782,7 @@ def finish(run, args, ds, model, device, seconds):
     x_train = ds.x_train[train_ids] if args.method == 'pca' else None      # a copy that only PCA needs
     encode, reconstruct = representation(args, model, x_train, device)
     began = time.monotonic()
-    metrics = evaluate.measure(ds, train_ids, val_ids, encode, reconstruct, args.seed, device=device)
+    metrics, shown = evaluate.measure(ds, train_ids, val_ids, encode, reconstruct, args.seed, device=device)
     few = data.to_float(ds.x_train[val_ids[:16]].to(device))
     with torch.no_grad():
         if reconstruct:
@@ -715,16 +797,17 @@ def finish(run, args, ds, model, device, seconds):
             report.write_png(run.folder / 'interpolation.png', report.sheet(*rows))
     if args.method == 'simclr':
         write_views(run.folder / 'views.png', few, views_of(args), args.seed)
-    complete(run, args, metrics, seconds, began)
+    complete(run, args, ds, metrics, shown, seconds, began)
 
 
-def complete(run, args, metrics, seconds, began):
-    """Write metrics.json, which makes the run a finished one, and say what it holds."""
+def complete(run, args, ds, metrics, shown, seconds, began):
+    """Write report.html and then metrics.json, which makes the run a finished one, and say what it holds."""
     rows = runs.read_log(run.folder)
     metrics.update(method=args.method, epochs=rows[-1]['epoch'] if rows else None, seconds=round(seconds, 1),
                    measuring_seconds=round(time.monotonic() - began, 1))
+    page.write(run.folder, run.config, metrics, shown, ds.classes, args.perplexity)
     run.write_metrics(metrics)
-    print(report.describe(metrics), f'-> {run.folder}', sep='\n')
+    print(report.describe(metrics), f'-> {run.folder}/report.html', sep='\n')
 
 
 def write_views(path, x, views, seed):

@@ -70,38 +70,53 @@ def captioned(x, numbers):
     return torch.cat([x, band], 2)
 
 
-def describe(metrics):
-    """metrics.json as lines of text: each measure with the convention it follows."""
-    m = metrics
-    if 'live_clusters' in m:
-        scores = (f'ACC {m["acc"]:.3f} (Hungarian, on the {m["mapping"]} labels), NMI {m["nmi"]:.3f}, '
-                  f'ARI {m["ari"]:.3f}, purity {m["purity"]:.3f}, F1 by class {" ".join(f"{v:.2f}" for v in m["f1"])}'
-                  if 'acc' in m else f'left out: {", ".join(m["left_out"])}')
-        return (f'{m["clusters"]} clusters, {m["live_clusters"]} alive, of sizes {m["sizes"]} on {m["n"]:,} '
-                f'{m["split"]} pictures\n  {scores}')
+# ---------------------------------------------------------------------------------------- as text
+
+def measures(m):
+    """metrics.json as rows (what, value, convention), each measure with the convention it follows."""
+    rows = []
     if 'accuracy' in m:
-        return (f'accuracy {m["accuracy"]:.2%} on {m["n"]:,} {m["split"]} pictures, from {m["labels"]:,} labels; '
-                f'F1 by class {" ".join(f"{v:.2f}" for v in m["f1"])}')
-    if 'n' not in m:
-        return f'left out: {", ".join(m["left_out"])}'
-    on = f'{m["n"]:,} {m["split"]} pictures'
-    lines = [f'measured on {on}, features of {m["features"]} (effective rank {m["effective_rank"]:.1f}, '
-             f'mean std {m["feature_std"]:.3f})']
+        rows.append(('accuracy', f'{m["accuracy"]:.2%}', f'from {m["labels"]:,} labels'))
+        rows.append(('F1', f'{statistics.mean(m["f1"]):.3f}', 'mean over classes'))
+    if 'live_clusters' in m:
+        rows.append(('clusters', f'{m["clusters"]}', f'{m["live_clusters"]} alive, of sizes {m["sizes"]}'))
+    if 'acc' in m:
+        rows.append(('ACC', f'{m["acc"]:.3f}', f'Hungarian, on the {m["mapping"]} labels'))
+        rows.append(('NMI', f'{m["nmi"]:.3f}', 'arithmetic mean of the entropies'))
+        rows.append(('ARI', f'{m["ari"]:.3f}', '0 by chance'))
+        rows.append(('purity', f'{m["purity"]:.3f}', 'rises with the number of clusters'))
+        rows.append(('F1', f'{statistics.mean(m["f1"]):.3f}', 'mean over classes, of the matched clusters: '
+                     + ' '.join(f'{v:.2f}' for v in m['f1'])))
+    if 'estimate' in m:
+        rows.append(('estimate', f'{m["estimate"]:.2%}', 'of the accuracy at the last round, from the answers'))
     if 'mse' in m:
-        lines.append(f'  reconstruction  MSE {m["mse"]:.4f}, SSIM {m["ssim"]:.3f} (11 taps, sigma 1.5, no padding), '
-                     f'PSNR {m["psnr"]:.1f} dB')
+        rows.append(('MSE', f'{m["mse"]:.4f}', 'of reconstructions, pixels 0..1'))
+        rows.append(('SSIM', f'{m["ssim"]:.3f}', '11 taps, sigma 1.5, no padding'))
+        rows.append(('PSNR', f'{m["psnr"]:.1f} dB', 'mean over pictures'))
     if 'active_units' in m:
-        lines.append(f'  latent units    {m["active_units"]} active (variance of the mean over 0.01)')
+        rows.append(('active units', f'{m["active_units"]}', 'latent units whose mean has a variance over 0.01'))
     if 'knn' in m:
-        lines.append(f'  kNN             {m["knn"]:.2%} (cosine, k 20, weighted; {m["knn_labels"]:,} labels)')
+        rows.append(('kNN', f'{m["knn"]:.2%}', f'cosine, k 20, weighted; {m["knn_labels"]:,} labels'))
     if 'probe' in m:
-        lines.append(f'  linear probe    {m["probe"]:.2%} ({m["probe_labels"]:,} labels, l2 {m["probe_l2"]:g})')
+        rows.append(('linear probe', f'{m["probe"]:.2%}', f'{m["probe_labels"]:,} labels, l2 {m["probe_l2"]:g}'))
     if 'kmeans_acc' in m:
-        lines.append(f'  k-means         ACC {m["kmeans_acc"]:.3f} (mapping from {m["kmeans_mapping"]} labels), '
-                     f'NMI {m["kmeans_nmi"]:.3f}, ARI {m["kmeans_ari"]:.3f}, purity {m["kmeans_purity"]:.3f}, '
-                     f'k {m["clusters"]}')
-    if m['left_out']:
-        lines.append(f'  left out for want of labels: {", ".join(m["left_out"])}')
+        rows.append(('k-means ACC', f'{m["kmeans_acc"]:.3f}', f'mapping from {m["kmeans_mapping"]} labels, '
+                     f'k {m["clusters"]}'))
+        rows.append(('k-means NMI', f'{m["kmeans_nmi"]:.3f}', 'arithmetic mean of the entropies'))
+        rows.append(('k-means ARI', f'{m["kmeans_ari"]:.3f}', '0 by chance'))
+        rows.append(('k-means purity', f'{m["kmeans_purity"]:.3f}', 'rises with k'))
+    if 'features' in m:
+        rows.append(('features', f'{m["features"]}', f'effective rank {m["effective_rank"]:.1f}, mean standard '
+                     f'deviation {m["feature_std"]:.3f}'))
+    return rows
+
+
+def describe(metrics):
+    """metrics.json as lines of text."""
+    lines = [f'measured on {metrics["n"]:,} {metrics["split"]} pictures'] if 'n' in metrics else []
+    lines += [f'  {what:<15} {value:<9} {convention}' for what, value, convention in measures(metrics)]
+    if metrics['left_out']:
+        lines.append(f'  left out for want of labels: {", ".join(metrics["left_out"])}')
     return '\n'.join(lines)
 
 
@@ -113,7 +128,7 @@ COLUMNS = [('epochs', 'epochs', '{:.0f}'), ('seconds', 'seconds', '{:.0f}'), ('l
 
 
 def compare(folders):
-    """Table of finished runs as text: those that differ only by seed are one row, mean +- spread over seeds."""
+    """Table of finished runs: those that differ only by seed are one row, mean +- spread over seeds."""
     groups = {}
     for folder in map(Path, folders):
         config = runs.read_config(folder)
@@ -131,6 +146,11 @@ def compare(folders):
         done = [m for _, m, _ in group if m]
         name = group[0][2] if len(group) == 1 else group[0][2].replace(f'-seed={group[0][0]["args"]["seed"]}', '')
         lines.append([name, str(len(done))] + [_cell([m.get(key) for m in done], form) for key, _, form in columns])
+    return lines
+
+
+def table(lines):
+    """Rows of cells as aligned text: the first column left, the others right."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     return '\n'.join('  '.join(cell.ljust(w) if i == 0 else cell.rjust(w)
                                for i, (cell, w) in enumerate(zip(line, widths))) for line in lines)

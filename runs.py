@@ -26,7 +26,7 @@ try:
 except ImportError:                                    # Windows has no flock; there, no lock is taken
     fcntl = None
 
-HERE = {'name', 'resume', 'overwrite', 'device', 'save_every'}       # how a run is run, not what it is
+HERE = {'name', 'resume', 'overwrite', 'device', 'save_every', 'perplexity'}   # how a run is run, not what it is
 CHECKPOINTS = ('checkpoint.new.pt', 'checkpoint.pt', 'checkpoint.previous.pt')      # newest first
 FREE = HERE | {'epochs', 'answers'}                                  # what may change on resume
 
@@ -118,7 +118,7 @@ class Run:
             config = self._merge(read_config(self.folder), config, typed)
         else:
             for old in ('log.jsonl', 'metrics.json', 'predictions.csv', 'predictions.npz', 'wanted.csv', 'wanted.png',
-                        'labels.previous.sqlite-journal', '*.pt'):
+                        'report.html', 'labels.previous.sqlite-journal', '*.pt'):
                 for path in self.folder.glob(old):
                     path.unlink()
             for old in ('labels.sqlite', 'labels.sqlite-journal'):           # a person may have worked for hours on it
@@ -208,6 +208,31 @@ def newest_checkpoint(folder):
     if damaged:
         raise ValueError(f'{damaged[0]}, and no whole one is left; start again with --overwrite')
     return None
+
+
+def state(folder):
+    """One line about a run folder: running, finished, or stopped at which epoch, or what is wrong with it."""
+    try:
+        args, rows = read_config(folder)['args'], read_log(folder)
+    except ValueError as e:
+        return str(e)
+    at = f'epoch {rows[-1]["epoch"] if rows else 0}' + (f' of {args["epochs"]}' if 'epochs' in args else '')
+    if (Path(folder) / 'metrics.json').exists():
+        return 'finished' + (f' after {at}, {clock(rows[-1].get("seconds") or 0)}' if rows else '')
+    return f'{"running" if locked(folder) else "stopped"} at {at}'
+
+
+def locked(folder):
+    """Is another process writing in this run folder?"""
+    path = Path(folder) / '.lock'
+    if not fcntl or not path.exists():
+        return False
+    with open(path) as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 class Silent:

@@ -69,7 +69,7 @@ else:
         'cutout': dict(simclr=0.0, **all_headed(0.4, classify=0.3)),
     }
     PLAIN = dict(data=None, dataset=None, limit=None, val=5000, name=None, resume=False, overwrite=False, device=None,
-                 seed=0)
+                 seed=0, perplexity=30.0)
     METHODS = {'ae': 'fully connected autoencoder', 'conv': 'convolutional residual autoencoder',
                'vae': 'variational autoencoder', 'simclr': 'contrastive learning',
                'classify': 'classifier from few labels', 'query': 'classifier that asks for its labels',
@@ -157,7 +157,13 @@ else:
         flag(g, '--method', 'train it (or, for the last three, just measure): ' + ', '.join(
             f'{k} = {v}' for k, v in METHODS.items()), type=choice(*METHODS), metavar='NAME')
         flag(g, '--evaluate', 'measure a finished run again', type=path, metavar='RUN')
-        flag(g, '--compare', 'print one table of these runs; all in runs/ when none is named', nargs='*', metavar='RUN')
+        flag(g, '--compare', 'print one table of these runs, all in runs/ when none is named, and write it with their '
+             'curves to runs/report.html', nargs='*', metavar='RUN')
+        flag(g, '--list', 'say of each run in runs/ whether it is finished, stopped or running', action='store_true')
+        flag(g, '--export', 'write the features that a finished run gives all its pictures, with ids, labels (-1: not '
+             'known) and split, as an .npz', nargs=2, type=path, metavar=('RUN', 'NPZ'))
+        flag(g, '--predict', 'print what a finished classify or query run takes new pictures for, as CSV; they come as '
+             'an .npz with x, x_train or x_test, or as an IDX file', nargs=2, type=path, metavar=('RUN', 'FILE'))
         flag(g, '--show-views', 'write originals and two augmented views of each as a PNG, and stop',
              nargs='?', const='views.png', metavar='PNG')
         flag(g, '--search', 'try N settings of the method, scored on validation, and print the best command',
@@ -181,6 +187,8 @@ else:
         flag(g, '--save-every', 'seconds between checkpoints', type=positive, metavar='S')
         flag(g, '--device', 'cuda, cuda:1, mps or cpu (default: the best there is)', metavar='NAME')
         flag(g, '--seed', 'of weights, split, order, augmentation', type=number(int, 0, 2**31 - 1), metavar='N')
+        flag(g, '--perplexity', 'of the t-SNE in report.html, about how many neighbours a picture has; 0 is no t-SNE',
+             type=number(float, 0, 1e4), metavar='N')
 
         g = p.add_argument_group('network')
         flag(g, '--net', 'encoder: fc, conv or resnet', type=choice('fc', 'conv', 'resnet'))
@@ -273,11 +281,13 @@ else:
             flags = [o for a in parser._actions for o in a.option_strings]
             near = difflib.get_close_matches(unknown[0].split('=')[0], flags, 1)
             parser.error(f'{unknown[0]} is not known' + (f'; did you mean {near[0]}?' if near else '; see --help'))
-        command = next((c for c in ('fetch', 'compare', 'evaluate', 'show_views') if c in typed), None)
+        command = next((c for c in ('fetch', 'compare', 'list', 'evaluate', 'export', 'predict', 'show_views')
+                        if c in typed), None)
         method = typed.get('method', 'simclr' if command == 'show_views' else None)
         if command == 'show_views' and method != 'simclr':
             parser.error('--show-views shows the views of --method simclr')
-        with_it = {'fetch': ('dataset',), 'compare': (), 'evaluate': ('device',)}.get(command, typed)
+        with_it = {'fetch': ('dataset',), 'compare': (), 'list': (), 'evaluate': ('device', 'perplexity'),
+                   'export': ('device',), 'predict': ('device',)}.get(command, typed)
         for key in set(typed) - {command, *with_it}:
             parser.error(f'--{key.replace("_", "-")} does nothing with --{command}')
         if 'data' in typed and 'dataset' in typed:

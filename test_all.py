@@ -21,6 +21,7 @@ import json
 import math
 import os
 import pickle
+import re
 import select
 import shlex
 import shutil
@@ -42,6 +43,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
+import xml.etree.ElementTree
 import zipfile
 import zlib
 from pathlib import Path
@@ -62,11 +64,13 @@ import labels
 import losses
 import nets
 import oracle
+import page
 import recipes
 import report
 import runs
 import search
 import train
+import tsne
 
 HERE = Path(__file__).resolve().parent
 spec = importlib.util.spec_from_file_location('cli', HERE / 'ssl.py')     # under its own name it is the standard's
@@ -222,10 +226,10 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def python(*words, cwd=HERE, stdout=subprocess.PIPE, **env):
+def python(*words, cwd=HERE, stdin=None, stdout=subprocess.PIPE, **env):
     """A started process: this Python with these words, in a folder."""
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '', **env}
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=cwd, text=True, stdout=stdout,
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=cwd, text=True, stdin=stdin, stdout=stdout,
                             stderr=subprocess.PIPE, env=env)
 
 
@@ -323,7 +327,7 @@ def test_help_shows_every_flag_with_its_default():
         assert ''.join((action.help % {}).split()) in text, dest
         per = cli.PER_METHOD.get(dest, {})
         default = getattr(plain, dest, None)
-        if dest in ('val', 'seed'):
+        if dest in ('val', 'seed', 'perplexity'):
             assert f'(default: {default})' in action.help
         else:
             assert dest in per or dest == 'method' or default in (None, False)
@@ -357,7 +361,7 @@ def test_a_wrong_value_of_any_number_flag_is_one_line_and_starts_nothing():
     wrong = ['-1', '-1e9', 'nan', 'inf', '1e999', '9' * 400, '', 'abc', '1,5', '0x10', '--lr']
     zero = {'seed', 'epochs', 'weight_decay', 'warmup', 'patience', 'min_delta', 'noise', 'beta', 'rotate',
             'jitter', 'blur', 'cutout', 'mixup', 'sam', 'closing', 'threshold', 'audit', 'stable', 'entropy',
-            'ema'}                                 # where 0 is a value like others
+            'ema', 'perplexity'}                                 # where 0 is a value like others
     with folder() as cwd, mock.patch.object(recipes, 'main', side_effect=AssertionError('work was started')):
         for dest, action in numbers.items():
             for text in wrong + ['0'] * (dest not in zero) + ['1.5'] * (dest == 'epochs'):
@@ -539,9 +543,10 @@ def test_clusters_are_scored_with_the_names_that_training_labels_give_them_and_u
         pred = [(int(k) + (i % 5 == 0)) % K for i, k in enumerate(a['y_test'])]
         def probs(x, pred=pred, where=where, K=K):
             ids = [where.get((p[0] * 255).round().byte().numpy().tobytes(), 0) for p in x]
-            return torch.nn.functional.one_hot(torch.tensor([pred[i] for i in ids]), K).float()
+            return torch.cat([torch.nn.functional.one_hot(torch.tensor([pred[i] for i in ids]), K), x[:, 0, 0, :4]], 1)
         train = torch.tensor([int(k) % K for k in a['y_train']])
-        m = evaluate.measure_clusters(ds, probs, train)
+        m, shown = evaluate.measure_clusters(ds, probs, K, train)
+        assert shown['clusters'].tolist() == pred and shown['h'].shape == (30, 4)
         best = max(itertools.permutations([*range(3), *[-1] * max(0, K - 3)], K),
                    key=lambda p: sum(p[c] == k for c, k in zip(train.tolist(), a['y_train'])))
         named = [best[c] for c in pred]
@@ -551,7 +556,7 @@ def test_clusters_are_scored_with_the_names_that_training_labels_give_them_and_u
             assert close(m['f1'][k], 2 * hit / max(1, named.count(k) + list(a['y_test']).count(k)))
         assert m['split'] == 'test' and m['mapping'] == 'training' and m['live_clusters'] == len(set(pred))
     del a['y_train'], a['y_test']
-    m = evaluate.measure_clusters(data._dataset('tiny', a), probs, train)
+    m, _ = evaluate.measure_clusters(data._dataset('tiny', a), probs, K, train)
     assert 'acc' not in m and m['left_out'] and sum(m['sizes']) == 30
 
 
@@ -561,7 +566,7 @@ def test_an_assignment_that_collapses_is_said_loudly_and_not_learned_from():
     def collapsing(h, k, **more):                                          # from the second iteration on
         return (one, None, 0) if str(more['seed']).endswith('1') else real(h, k, **more)
     with folder() as cwd, mock.patch.object(evaluate, 'kmeans', collapsing), \
-            mock.patch.object(recipes, 'predict', lambda *_: torch.eye(3)[one]):
+            mock.patch.object(recipes, 'probabilities', lambda *_: torch.eye(3)[one]):
         write_npz(cwd / 'tiny.npz')
         for method in 'cluster', 'scan':
             code, out, err = run(*tiny(method), cwd=cwd)
@@ -1830,20 +1835,20 @@ def test_linear_probe_is_the_optimum_that_scipy_finds():
     a, b, test = slice(0, 50), slice(50, 90), randn(40, 4, seed=7) * torch.tensor([1, 10, 0.1, 3]) + 5
     X, Y, l2s = x.double().numpy(), y.numpy(), (1e-3, 1e-1, 10.0)
     scores = {l2: (logistic_by_scipy(X[a], Y[a], 3, l2)(X[b]).argmax(1) == Y[b]).mean() for l2 in l2s}
-    pred, l2 = evaluate.linear_probe(x[a], y[a], x[b], y[b], test, l2s)
+    logits, l2 = evaluate.linear_probe(x[a], y[a], x[b], y[b], test, l2s)
     assert scores[l2] == max(scores.values()) > min(scores.values())      # chosen on validation, fitted on both
-    assert pred.tolist() == logistic_by_scipy(X, Y, 3, l2)(test.double().numpy()).argmax(1).tolist()
+    assert logits.argmax(1).tolist() == logistic_by_scipy(X, Y, 3, l2)(test.double().numpy()).argmax(1).tolist()
 
 
 def test_linear_probe_standardises_by_training_rows_only():
     x, y = blobs(60, 3, 4, spread=4)
     test, outliers = x[40:] + 1, randn(500, 4) * 1e4
-    pred, l2 = evaluate.linear_probe(x[:30], y[:30], x[30:40], y[30:40], test)
+    logits, l2 = evaluate.linear_probe(x[:30], y[:30], x[30:40], y[30:40], test)
     with_others, _ = evaluate.linear_probe(x[:30], y[:30], x[30:40], y[30:40], torch.cat([test, outliers]))
-    assert torch.equal(with_others[:20], pred) and len(set(pred.tolist())) == 3
+    assert torch.equal(with_others[:20], logits) and len(set(logits.argmax(1).tolist())) == 3
     affine = lambda v: v * torch.tensor([100, 0.01, 1, 5]) - 3
     moved, _ = evaluate.linear_probe(affine(x[:30]), y[:30], affine(x[30:40]), y[30:40], affine(test))
-    assert torch.equal(moved, pred)
+    assert torch.equal(moved.argmax(1), logits.argmax(1))
     alone, l2 = evaluate.linear_probe(x[:30], y[:30], x[:0], y[:0], test)       # nothing to choose with
     assert l2 == 1e-2 and len(alone) == 20
 
@@ -1881,7 +1886,7 @@ def test_in_chunks_is_the_function_of_all_pictures_as_floats():
 
 def measure(**kwargs):
     ds = data._dataset('tiny', kwargs)
-    return evaluate.measure(ds, *data.split(len(ds.x_train), 20, 0), lambda x: x.flatten(1), probe_share=0.5)
+    return evaluate.measure(ds, *data.split(len(ds.x_train), 20, 0), lambda x: x.flatten(1), probe_share=0.5)[0]
 
 
 def test_measure_scores_separable_classes_1_and_shuffled_labels_by_chance():
@@ -1917,7 +1922,7 @@ def test_kmeans_accuracy_maps_clusters_to_classes_by_training_labels():
     found = (ds.y_train[ids[0]] + 1) % 3, torch.zeros(4, 120), 0.0        # cluster k + 1 is class k; 3 is none
     with mock.patch.object(evaluate, 'kmeans', return_value=found), \
             mock.patch.object(evaluate, 'nearest', return_value=(pred, None)):
-        m = evaluate.measure(ds, *ids, lambda x: x.flatten(1))
+        m, _ = evaluate.measure(ds, *ids, lambda x: x.flatten(1))
     right = [p != 3 and (p - 1) % 3 == y for p, y in zip(pred.tolist(), a['y_test'])]
     assert close(m['kmeans_acc'], sum(right) / 30) and m['kmeans_mapping'] == 'train'
     assert close(m['kmeans_nmi'], evaluate.nmi(pred, a['y_test'])) and m['clusters'] == 4
@@ -1926,10 +1931,10 @@ def test_kmeans_accuracy_maps_clusters_to_classes_by_training_labels():
 def test_measure_classifier_counts_hits_on_the_test_set():
     a = arrays(40, 30)
     logits = lambda x: x[:, 0, 5, :3]                                     # nonsense, but repeatable
-    m = evaluate.measure_classifier(data._dataset('tiny', a), logits)
+    m, shown = evaluate.measure_classifier(data._dataset('tiny', a), logits)
     wanted = [row[5, :3].argmax() == y for row, y in zip(a['x_test'], a['y_test'])]
     assert close(m['accuracy'], sum(wanted) / 30) and np.trace(m['confusion']) == sum(wanted) and m['n'] == 30
-    assert 'accuracy' not in evaluate.measure_classifier(data._dataset('tiny', {'x_train': a['x_train']}), logits)
+    assert 'accuracy' not in evaluate.measure_classifier(data._dataset('tiny', {'x_train': a['x_train']}), logits)[0]
 
 
 # labels.py ---------------------------------------------------------------------------------------------------
@@ -2072,7 +2077,7 @@ def test_a_round_answered_one_by_one_goes_on_after_a_kill_with_the_same_open_que
 # oracle.py ---------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def page(n=6, budget=9, classes='cat,dog,other'):
+def labelling_page(n=6, budget=9, classes='cat,dog,other'):
     """(web, its database) of a page that asks about pictures 0..n-1 in round 0, another thread waiting for them."""
     with folder() as f:
         paid = labels.LabelDatabase(f / 'l.sqlite', None, budget, 'abc')
@@ -2108,7 +2113,7 @@ def asked(web, path, body=None, token=None, kind='application/json', **headers):
 
 
 def test_the_page_answers_only_this_machine_its_own_name_and_who_knows_the_token():
-    with page() as (web, paid):
+    with labelling_page() as (web, paid):
         assert web.server.server_address[0] == '127.0.0.1'
         port, answer = web.server.server_port, {'id': 0, 'label': 1}
         for host in f'127.0.0.1:{port}', f'localhost:{port}':
@@ -2131,7 +2136,7 @@ def test_the_page_answers_only_this_machine_its_own_name_and_who_knows_the_token
 
 
 def test_the_page_refuses_what_is_malformed_and_goes_on():
-    with page() as (web, paid):
+    with labelling_page() as (web, paid):
         for body in (b'', b'{', b'[]', b'null', b'1', b'[' * 900, b'\xff', {}, {'id': 0}, {'label': 0},
                      {'id': 0, 'label': 0, 'more': 1}, *({'id': i, 'label': 0} for i in
                                                          (-1, 20, 1e3, '0', None, True, [0], 10 ** 30)),
@@ -2163,7 +2168,7 @@ def test_the_page_refuses_what_is_malformed_and_goes_on():
 
 
 def test_two_tabs_get_the_same_question_and_one_answer_counts():
-    with page() as (web, paid):
+    with labelling_page() as (web, paid):
         assert asked(web, 'state')[1]['question'] == asked(web, 'state')[1]['question'] == 0
         replies, together = [], threading.Barrier(8)
         def tab(k):
@@ -2179,7 +2184,7 @@ def test_two_tabs_get_the_same_question_and_one_answer_counts():
 
 
 def test_on_the_page_an_answer_is_saved_at_once_and_can_be_skipped_and_taken_back():
-    with page() as (web, paid):
+    with labelling_page() as (web, paid):
         first = asked(web, 'state')[1]
         assert first == {'spent': 0, 'budget': 9, 'classes': ['cat', 'dog', 'other'], 'rounds': 2, 'question': 0,
                          'round': 1, 'done': 0, 'of': 6, 'estimate': None, 'last': None}
@@ -2960,7 +2965,7 @@ def test_measuring_leaves_the_backbone_bit_identical():
     model = recipes.network_of(runs.read_config(finished('simclr')), torch.device('cpu')).train()
     before, ids = runs.state_digest(model.state_dict()), data.split(120, 12, 0)
     encode, reconstruct = recipes.representation(args, model, ds.x_train, torch.device('cpu'))
-    m = evaluate.measure(ds, *ids, encode, reconstruct)
+    m, _ = evaluate.measure(ds, *ids, encode, reconstruct)
     assert runs.state_digest(model.state_dict()) == before                # BatchNorm buffers included
     assert reconstruct is None and m['features'] == model.encoder.dim != model.head[-1].out_features
 
@@ -2970,7 +2975,7 @@ def test_every_method_learns_on_tiny_pictures_and_leaves_all_its_files():
              'vae': 'reconstructions samples interpolation', 'simclr': 'views'}
     for method, pngs in shows.items():
         there = finished(method)
-        files = {'config.json', 'metrics.json', '.lock'} | {f'{png}.png' for png in pngs.split()}
+        files = {'config.json', 'metrics.json', 'report.html', '.lock'} | {f'{png}.png' for png in pngs.split()}
         if method in TRAINED:
             files |= {'log.jsonl', 'checkpoint.pt'}
             rows = [row for row in logged(there) if 'loss' in row]
@@ -3442,7 +3447,7 @@ def test_compare_groups_seeds_by_mean_and_sample_deviation():
             runs.write_json(f / name / 'config.json', {'data': {'digest': 'abc'}, 'args': {
                 'method': 'simclr', 'tau': tau, 'seed': seed, 'name': name}})
             runs.write_json(f / name / 'metrics.json', {'knn': score, 'epochs': 7, 'seconds': 10 * seed, 'mse': None})
-        lines = report.compare([f / 'b-seed=0', f / 'a', f / 'b-seed=2', f / 'b-seed=1']).splitlines()
+        lines = report.table(report.compare([f / n for n in ('b-seed=0', 'a', 'b-seed=2', 'b-seed=1')])).splitlines()
         header, rows = lines[0], {line.split()[0]: line.split() for line in lines[1:]}
         mean, std = sum(knn) / 3, math.sqrt(sum((k - sum(knn) / 3) ** 2 for k in knn) / 2)
         assert close(std, statistics.stdev(knn))
@@ -3453,7 +3458,358 @@ def test_compare_groups_seeds_by_mean_and_sample_deviation():
             report.compare([f / 'nothing'])
         assert run('--compare', cwd=f)[1] == 'runs/ holds no finished run yet\n'
     code, out, _ = run('--compare', *map(finished, ('pixels', 'ae')))
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ['method', 'pixels', 'ae']
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ['method', 'pixels', 'ae', '->']
+
+
+# page.py, tsne.py --------------------------------------------------------------------------------------------
+
+def read_page(path):
+    """A page as a tree: it is well-formed, and nothing in it points out of it."""
+    blob = Path(path).read_text()
+    tree = xml.etree.ElementTree.fromstring(blob)
+    for node in tree.iter():
+        for key, value in node.attrib.items():
+            if key in ('href', 'src'):
+                assert value.startswith(('#', 'data:image/png;base64,')), (node.tag, value)
+            assert not key.startswith('on'), (node.tag, key)
+    assert not re.search(r'https?:|@import|url\((?!\$\{D\.sheet\})', blob)
+    return tree
+
+
+def words(tree):
+    return ' '.join(' '.join(tree.itertext()).split())
+
+
+def sections(tree):
+    return [h.text for h in tree.iter('h2')]
+
+
+def map_of(tree):
+    """What the maps know: D of the page's script."""
+    text, = (s.text for s in tree.iter('script') if s.text.startswith('window.D'))
+    return json.loads(text.removeprefix('window.D = ').removesuffix(';'))
+
+
+def embedded(source):
+    """Pixels of a PNG inside a page."""
+    with folder() as f:
+        (f / 'x.png').write_bytes(base64.b64decode(source.removeprefix('data:image/png;base64,'), validate=True))
+        return read_png(f / 'x.png')
+
+
+def test_pages_are_well_formed_stand_alone_and_hold_what_each_method_has_to_show():
+    drawn = {'reconstructions': 'Reconstructions', 'views': 'Views', 'samples': 'Samples',
+             'interpolation': 'Interpolation'}
+    for method in cli.METHODS:
+        there, tree = finished(method), read_page(finished(method) / 'report.html')
+        own = [title for stem, title in drawn.items() if (there / f'{stem}.png').exists()]
+        assert sections(tree) == ['What was run'] + ['Training'] * (method in TRAINED) + own + [
+            'Features in two dimensions', 'Confusion and F1 by class'] + [
+            'Most confidently wrong'] * (not perfect(there)) + (
+            ['Labels paid for'] if method in ('classify', 'query') else ['Clusters']), (method, sections(tree))
+        said = words(tree)
+        assert runs.read_config(there)['command'] in said and torch.__version__ in said
+        assert 'Measured on 40 test pictures' in said
+        shown = [embedded(i.get('src')) for i in tree.iter('img')][:len(own)]
+        assert all(np.array_equal(a, read_png(there / f'{stem}.png')) for a, stem in zip(
+            shown, [stem for stem in drawn if (there / f'{stem}.png').exists()]))
+        matrix = next(t for t in tree.iter('table') if t.get('class') == 'matrix')
+        cells = [[int(td.text) for td in tr.iter('td')] for tr in matrix.find('tbody')]
+        assert cells == measured(there)['confusion'], method
+        tables = [[[c.text for c in tr] for tr in t.iter('tr')] for t in tree.iter('table')]
+        if method in TRAINED:
+            loss = [float(f'{row["loss"]:.5g}') for row in logged(there)]
+            assert [float(row[1]) for row in tables[0][1:]] == loss and tables[0][0][:2] == ['epochs', 'training']
+        assert len(list((there / 'report.html').read_text())) < 5e6
+
+
+def perfect(there):
+    confusion = np.array(measured(there)['confusion'])
+    return np.trace(confusion) == confusion.sum()
+
+
+def test_a_map_shows_the_picture_and_the_class_of_every_point():
+    ds = data.load(home() / 'tiny.npz')
+    known = map_of(read_page(finished('pixels') / 'report.html'))
+    cells = embedded(known['sheet'])
+    assert (known['w'], known['h'], len(known['words'])) == (12, 10, 40)
+    order = ds.y_test.argsort(stable=True)                                # as the points stand, by class
+    assert known['words'] == [f'{k}\npredicted {k}' for k in ds.y_test[order].tolist()]
+    for i, picture in enumerate(ds.x_test[order, 0].numpy()):
+        row, column = divmod(i, known['columns'])
+        assert np.array_equal(cells[10 * row:10 * row + 10, 12 * column:12 * column + 12], picture)
+    tree = read_page(finished('pixels') / 'report.html')
+    maps = [card for card in tree.iter('svg') if card.find('circle') is not None]
+    for h, card in zip((ds.x_test[order].flatten(1).float() / 255, None), maps):
+        groups = [[(float(u.get('x')), float(u.get('y'))) for u in g] for g in card.iter('g')]
+        assert [len(g) for g in groups] == torch.bincount(ds.y_test).tolist()
+        if h is not None:                                                 # places are the components, in SVG's units
+            y, at = evaluate.PCA(h, 2).encode(h).numpy(), np.array(sum(groups, []))
+            assert all(abs(np.corrcoef(y[:, i], at[:, i])[0, 1]) > 1 - 1e-4 for i in (0, 1))
+    big = torch.randint(0, 256, (3, 3, 96, 48), dtype=torch.uint8)
+    assert page.shrink(big).shape == (3, 3, 24, 12) and page.shrink(big[:, :1]).shape == (3, 1, 32, 16)
+    assert close(page.shrink(big)[0, 0, 0, 0], big[0, 0, :4, :4].float().mean() / 255)
+
+
+def test_hostile_names_are_text_and_nothing_else():
+    evil = '<script>alert(1)</script>&"\'</title>\x00\ud800]]>'
+    there = finished('pixels')
+    config, metrics = runs.read_json(there / 'config.json'), runs.read_json(there / 'metrics.json')
+    config['command'] = config['data']['name'] = config['args'][evil] = config['versions'][evil] = evil
+    config['data']['classes'] = [evil] * 3
+    x, y = torch.randint(0, 256, (30, 1, 10, 12), dtype=torch.uint8), torch.arange(30) % 3
+    probs = torch.eye(3)[(y + 1) % 3]
+    shown = {'x': x, 'y': y, 'h': randn(30, 4), 'probs': probs, 'clusters': y, 'centres': randn(3, 4),
+             'mapping': {0: 0, 1: 1, 2: 2}, 'asked': (x[:2], [(0, 1, 0, None), (1, 2, 0, 1)], {0: (2, None)})}
+    with folder() as f:
+        evil_run = f / evil.replace('/', '').replace('\x00', '').replace('\ud800', '')
+        evil_run.mkdir()
+        runs.write_json(evil_run / 'config.json', config)
+        runs.write_json(evil_run / 'metrics.json', metrics)
+        (evil_run / 'log.jsonl').write_text('{"epoch": 1, "loss": 1.0, "val_loss": 2.0}\n')
+        page.write(evil_run, config, metrics, shown, [evil] * 3)
+        page.write_comparison(f / 'report.html', [evil_run])
+        for path in evil_run / 'report.html', f / 'report.html':
+            tree = read_page(path)
+            assert 'alert(1)' in words(tree) and len(list(tree.iter('title'))) >= 1
+            assert not any('alert' in (s.text or '') and not s.text.startswith('window.D') for s in tree.iter('script'))
+            blob = path.read_text()
+            assert '<script>alert' not in blob and blob.count('<script>') == blob.count('</script>') <= 2
+        known = map_of(read_page(evil_run / 'report.html'))
+        assert known['words'][0] == f'{evil}\npredicted {evil}'
+        assert 'Most confidently wrong' in (evil_run / 'report.html').read_text()
+
+
+def test_the_most_wrong_are_the_surest_of_the_wrong_and_members_belong_to_their_cluster():
+    x = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 8, 8) * 40
+    y = torch.tensor([0, 0, 1, 1, 0, 1])
+    sure = torch.tensor([0.9, 0.6, 0.8, 0.7, 0.95, 0.55])
+    guess = torch.tensor([1, 1, 0, 1, 0, 0])                              # wrong: 0, 1, 2 and 5
+    probs = torch.where(torch.eye(2)[guess] > 0, sure[:, None], 1 - sure[:, None])
+    html = page.most_wrong({'x': x, 'y': y, 'probs': probs}, {0: 'a', 1: 'b'}, n=3)
+    tree = xml.etree.ElementTree.fromstring(html)
+    assert [c.text for c in tree.iter('figcaption')] == [
+        'a, taken for b, 90.0%', 'b, taken for a, 80.0%', 'a, taken for b, 60.0%']
+    assert [embedded(i.get('src'))[0, 0] for i in tree.iter('img')] == [0, 80, 40]
+    h = torch.tensor([[1, 0.0], [1, 0.1], [1, -0.3], [0, 1], [0.2, 1], [0.05, 1]])
+    shown = {'x': x, 'y': y, 'h': h, 'clusters': torch.tensor([0, 0, 0, 1, 1, 1]), 'mapping': {0: 1},
+             'centres': torch.tensor([[1.0, 0], [0.05, 1]])}
+    tree = xml.etree.ElementTree.fromstring(page.clusters(shown, {0: 'a', 1: 'b'}, seed=0, n=3))
+    assert [h3.text for h3 in tree.iter('h3')] == ['Cluster 0: b, 3 pictures', 'Cluster 1: no class, 3 pictures']
+    seen = [int(embedded(i.get('src'))[0, 0]) // 40 for i in tree.iter('img')]
+    assert seen[0] == 0 and seen[3] == 5 and set(seen[:3]) <= {0, 1, 2} and set(seen[3:]) <= {3, 4, 5}
+
+
+def test_the_labels_paid_for_are_shown_in_their_order_with_the_estimates():
+    there, ds = finished('query'), data.load(home() / 'tiny.npz')
+    paid = labels.LabelDatabase(there / 'labels.sqlite', None, 0, ds.digest)
+    tree = read_page(there / 'report.html')
+    part = next(s for s in tree.iter('section') if s.find('h2').text == 'Labels paid for')
+    seen = [embedded(i.get('src')) for i in part.iter('img')]
+    ids, y = paid.revealed()
+    assert all(np.array_equal(a, b) for a, b in zip(seen, ds.x_train[ids, 0].numpy())) and len(seen) == len(ids) == 15
+    assert [c.text.split(',')[0] for c in part.iter('figcaption')] == [str(k) for k in y.tolist()]
+    assert [b.text for b in part.iter('b')] == [str(n) for n in torch.bincount(y).tolist()]
+
+
+def test_estimates_stand_at_the_labels_they_came_from():
+    with folder() as f:
+        paid = labels.LabelDatabase(f / 'labels.sqlite', lambda ids: [0] * len(ids), 100, 'digest')
+        asked = [(range(10), None), (range(10, 40), 0.25), (range(40, 45), 0.5), ([], 0.75)]
+        for r, (ids, estimate) in enumerate(asked):
+            paid.reveal(ids, r, None, estimate)
+        wanted = [(0, None), (10, 25), (40, 50), (45, 75)]
+        assert page.estimates(paid.rounds()) == wanted
+        runs.write_json(f / 'config.json', {'data': {'digest': 'digest'}, 'args': {'method': 'query', 'seed': 0}})
+        page.write_comparison(f / 'report.html', [f])
+        table = list(read_page(f / 'report.html').iter('table'))[1]
+        assert [[float(c.text) for c in tr] for tr in table.find('tbody')] == [list(p) for p in wanted[1:]]
+
+
+def test_comparison_writes_a_page_with_the_same_table_and_all_curves():
+    with folder() as cwd:
+        there = [finished(m) for m in ('ae', 'conv', 'simclr', 'classify', 'query')]
+        code, out, err = run('--compare', *there, cwd=cwd)
+        assert code == 0 and not err and out.endswith('-> runs/report.html\n')
+        tree = read_page(cwd / 'runs' / 'report.html')
+        rows = [[c.text for c in tr] for tr in next(tree.iter('table')).iter('tr')]
+        assert rows == report.compare(there) and [r[0] for r in rows] == ['method', 'ae', 'conv', 'simclr', 'classify',
+                                                                         'query']
+        titles = [h.text for h in tree.iter('h3')]
+        assert titles == ['Accuracy against labels'] + [f'Validation loss, {m}' for m in ('ae', 'conv', 'simclr')]
+        write_npz(cwd / 'tiny.npz')
+        assert run(*tiny('pixels'), cwd=cwd)[0] == 0                      # runs/* names the page too
+        code, out, err = run('--compare', *sorted((cwd / 'runs').iterdir()), cwd=cwd)
+        assert code == 0 and not err and out.splitlines()[1].startswith('pixels')
+
+
+def test_a_run_without_labels_or_test_set_has_a_page_too():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz', x_train=pictures(60, 9, 13, C=3)[0])
+        for method, perplexity in ('ae', 30), ('pixels', 0):
+            assert run(*tiny(method), '--perplexity', perplexity, cwd=cwd)[0] == 0
+            tree = read_page(cwd / 'runs' / method / 'report.html')
+            assert sections(tree)[-1] == 'Features in two dimensions' and 'Left out for want of labels' in words(tree)
+            assert ('t-SNE' in words(tree)) == bool(perplexity)
+        x, y = pictures(60)
+        write_npz(cwd / 'tiny.npz', x_train=x, y_train=y)
+        assert run(*tiny('query'), cwd=cwd)[0] == 0
+        tree = read_page(cwd / 'runs' / 'query' / 'report.html')
+        assert 'coloured by predicted class' in words(tree) and 'Labels paid for' in sections(tree)
+        assert all(w.startswith('predicted') for w in map_of(tree)['words']) and len(map_of(tree)['words']) == 60
+
+
+def test_axes_have_about_four_round_numbers_within_their_ends():
+    for low, high in (0, 1), (-3.2, 17), (1e-5, 3e-4), (250.1, 251), (0.0009, 0.0011), (-1e6, 1e6):
+        found = page.ticks(low, high)
+        steps = np.diff(found)
+        assert 3 <= len(found) <= 8 and low - 1e-9 <= found[0] and found[-1] <= high + 1e-9 * abs(high), found
+        mantissa = steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9)
+        assert close(steps, np.full(len(steps), steps[0])) and min(abs(mantissa - m) for m in (1, 2, 5)) < 1e-6
+    assert page.chart('none', {'a': [(1, None), (2, math.nan)]}, 'x', 'y') == ''
+    assert 'M' in page.chart('one', {'a': [(1, 5.0)]}, 'x', 'y')
+
+
+def test_tsne_joint_probabilities_are_those_written_out_and_have_the_perplexity_asked_for():
+    x, N = randn(12, 3), 12
+    for perplexity in 2, 3.5:
+        p = tsne.conditional(x, perplexity)
+        for i in range(N):
+            entropy = -sum(v * math.log2(v) for v in p[i].double().tolist() if v > 0)
+            assert close(2 ** entropy, perplexity, 1e-3) and p[i, i] == 0 and close(p[i].sum(), 1)
+            d = [(x[i] - x[j]).double().square().sum().item() for j in range(N)]
+            near, far = sorted((j for j in range(N) if j != i), key=d.__getitem__)[:2]
+            beta = math.log(p[i, near] / p[i, far]) / (d[far] - d[near])  # the width it found
+            total = sum(math.exp(-beta * d[j]) for j in range(N) if j != i)
+            assert close(p[i], [math.exp(-beta * d[j]) / total * (j != i) for j in range(N)], 1e-4)
+        P = tsne.joint(x, perplexity)
+        assert close(P, [[(p[i, j] + p[j, i]) / (2 * N) for j in range(N)] for i in range(N)]) and close(P.sum(), 1)
+
+
+def test_tsne_gradient_is_that_of_the_divergence_written_out():
+    P, y = tsne.joint(randn(9, 3), 2.0), randn(9, 2, seed=1).requires_grad_()
+    q = [[1 / (1 + (y[i] - y[j]).square().sum()) if i != j else torch.zeros(()) for j in range(9)] for i in range(9)]
+    total = sum(map(sum, q))
+    loss = sum(P[i, j] * (P[i, j] / (q[i][j] / total)).log() for i in range(9) for j in range(9) if i != j)
+    loss.backward()
+    assert close(tsne.kl(P, y.detach()), loss.item(), 1e-4) and close(tsne.gradient(P, y.detach()), y.grad, 1e-4)
+
+
+def test_tsne_lowers_the_divergence_and_separates_blobs_and_bears_equal_points():
+    x, truth = blobs(90, 3, 10, spread=0.5)
+    y, after = tsne.tsne(x, 10, steps=200)
+    P = tsne.joint(x, 10)
+    first = evaluate.principal(x)
+    assert close(after, tsne.kl(P, y)) and after < 0.7 * tsne.kl(P, 1e-4 * first / first.std())
+    d = torch.cdist(y, y).fill_diagonal_(torch.inf)
+    assert torch.equal(truth[d.argmin(1)], truth)
+    assert torch.equal(y, tsne.tsne(x, 10, steps=200)[0])                 # nothing is drawn at random
+    for N in 4, 30:
+        y, after = tsne.tsne(torch.ones(N, 5), 30, steps=50)
+        assert y.isfinite().all() and math.isfinite(after)
+
+
+def test_principal_components_are_those_of_the_singular_value_decomposition_on_either_side():
+    for N, D in (20, 6), (6, 20), (7, 7), (5, 1):
+        h = randn(N, D) * torch.arange(1, D + 1)
+        U, S, _ = np.linalg.svd((h - h.mean(0)).double().numpy(), full_matrices=False)
+        wanted, found = (U * S)[:, :2], evaluate.principal(h)
+        assert found.shape == (N, 2) and (D > 1 or not found[:, 1].any())
+        assert close(found[:, :wanted.shape[1]].abs(), np.abs(wanted), 1e-3)
+
+
+# --list, --export, --predict ---------------------------------------------------------------------------------
+
+def test_list_says_what_state_each_run_is_in():
+    posix()
+    with folder() as cwd:
+        assert run('--list', cwd=cwd)[1] == 'runs/ holds no run yet\n' and not list(cwd.iterdir())
+        shutil.copytree(finished('simclr'), cwd / 'runs' / 'done')
+        shutil.copytree(finished('simclr'), cwd / 'runs' / 'half')
+        shutil.copytree(finished('pca'), cwd / 'runs' / 'pca')
+        (cwd / 'runs' / 'half' / 'metrics.json').unlink()
+        half = (cwd / 'runs' / 'half' / 'log.jsonl')
+        half.write_text(half.read_text().splitlines()[0] + '\n')
+        (cwd / 'runs' / 'bad').mkdir()
+        (cwd / 'runs' / 'bad' / 'config.json').write_text('[')
+        before = {p: p.stat().st_mtime_ns for p in cwd.rglob('*')}
+        code, out, err = run('--list', cwd=cwd)
+        lines = dict(line.split(': ', 1) for line in out.splitlines())
+        assert code == 0 and not err and list(lines) == ['runs/bad', 'runs/done', 'runs/half', 'runs/pca']
+        assert lines['runs/half'] == 'stopped at epoch 1 of 2' and lines['runs/pca'] == 'finished'
+        assert lines['runs/done'].startswith('finished after epoch 2 of 2, 0:0') and 'JSON' in lines['runs/bad']
+        held = python('-c', f'import fcntl, sys; f = open({str(cwd / "runs/half/.lock")!r}); fcntl.flock(f, '
+                      'fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()', stdin=subprocess.PIPE)
+        try:
+            held.stdout.readline()
+            assert 'runs/half: running at epoch 1 of 2' in run('--list', cwd=cwd)[1]
+        finally:
+            held.communicate('')
+        assert 'runs/half: stopped at epoch 1 of 2' in run('--list', cwd=cwd)[1]
+        assert before == {p: p.stat().st_mtime_ns for p in cwd.rglob('*')}
+
+
+def test_export_holds_the_features_of_all_pictures_with_what_labels_are_known():
+    ds = data.load(home() / 'tiny.npz')
+    every = torch.cat([ds.x_train, ds.x_test])
+    for method in 'simclr', 'vae', 'pixels', 'pca', 'query':
+        code, out, err = run('--export', finished(method), 'e.npz')
+        assert code == 0 and not err and 'e.npz' in out
+        with np.load(home() / 'e.npz', allow_pickle=False) as z:
+            e = dict(z)
+        assert e['ids'].tolist() == [*range(120), *range(40)] and e['features'].dtype == np.float32
+        train_ids, val_ids = data.split(120, 5000, 0)
+        if method == 'pixels':
+            assert close(e['features'], every.flatten(1).double() / 255)
+        elif method == 'pca':
+            x = data.to_float(every).flatten(1)
+            assert close(e['features'], evaluate.PCA(x[:120][train_ids], 4).encode(x), 1e-4)
+        elif method != 'query':
+            model = recipes.load_model(finished(method), runs.read_config(finished(method)), torch.device('cpu')).eval()
+            assert close(e['features'], model.encode(data.to_float(every)))
+        if method == 'query':
+            ids, y = labels.LabelDatabase(finished(method) / 'labels.sqlite', None, 0, ds.digest).revealed()
+            assert (e['labels'][:120] >= 0).sum() == 15 and e['labels'][ids.numpy()].tolist() == y.tolist()
+            assert set(e['split'][:120]) == {'train'}
+        else:
+            assert e['labels'][:120].tolist() == ds.y_train.tolist()
+            assert np.flatnonzero(e['split'] == 'validation').tolist() == val_ids.tolist()
+        assert e['labels'][120:].tolist() == ds.y_test.tolist() and set(e['split'][120:]) == {'test'}
+    refused('--export', 'runs/none', 'e.npz', said=['runs/none'])
+    refused('--export', finished('simclr'), 'no/such/e.npz', said=['no/such'])
+
+
+def test_predictions_are_those_of_the_model_for_npz_and_idx_files():
+    x = pictures(30, seed=9)[0]
+    with folder() as f:
+        data.write_idx(f / 'x.idx', x)
+        data.write_idx(f / 'x.gz', x)
+        np.savez(f / 'x.npz', x=x, x_train=x[:0])
+        np.savez(f / 'test.npz', x_test=x)
+        np.savez(f / 'train.npz', x_train=x, x_test=x[:3])
+        for method in 'classify', 'query':
+            config, args, model, device = recipes.reopen(finished(method), 'cpu')
+            net, v = getattr(model, 'teacher', model).eval(), data.to_float(torch.from_numpy(x)[:, None])
+            with torch.no_grad():
+                probs = (net(v).softmax(1) + net(v.flip(3)).softmax(1)) / 2       # it was trained on mirrored views
+            seen = set()
+            for name in 'x.idx', 'x.gz', 'x.npz', 'test.npz', 'train.npz':
+                code, out, err = run('--predict', finished(method), f / name)
+                assert code == 0 and not err
+                seen.add(out)
+            rows = list(csv.reader(io.StringIO(out)))
+            assert rows[0] == ['index', 'class', 'name', 'confidence'] and len(seen) == 1
+            wanted = [[str(i), str(k), str(k)] for i, k in enumerate(probs.argmax(1).tolist())]
+            assert [r[:3] for r in rows[1:]] == wanted
+            assert close([float(r[3]) for r in rows[1:]], probs.max(1).values, 1e-4)
+        np.savez(f / 'wide.npz', x=pictures(5, 12, 12)[0])
+        np.savez(f / 'other.npz', y=x)
+        (f / 'text').write_text('hello')
+        for path, said in (f / 'wide.npz', '(1, 12, 12)'), (f / 'other.npz', 'x_test'), (f / 'text', '0x68656c6c'), (
+                f / 'none', 'no file'), (f, 'no file'):
+            refused('--predict', finished('classify'), path, said=[said])
+        refused('--predict', finished('simclr'), f / 'x.npz', said=['no classifier'])
+        refused('--predict', 'runs/none', f / 'x.npz', said=['runs/none'])
 
 
 # -------------------------------------------------------------------------------------------------------------
