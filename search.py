@@ -1,8 +1,14 @@
 """Search of settings: a Sobol sequence over ranges of flags, hopeless trials stopped by the median rule."""
+import argparse
 import math
+from pathlib import Path
 from statistics import median
 
 from scipy.stats import qmc
+
+import distributed
+import runs
+import stages
 
 
 def settings(ranges, n, seed):
@@ -33,3 +39,62 @@ def table(trials):
         cells += [f'{t["curve"][-1]:.4f}', f'{len(t["curve"])}{", stopped" if t["stopped"] else ""}']
         rows.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(rows)
+
+
+class Trial:
+    """One setting of a --search: scored on validation after every epoch, stopped when hopeless, never tested."""
+
+    def __init__(self, folder, others, by_loss):
+        self.folder, self.others, self.by_loss = folder, others, by_loss
+
+    @property
+    def curve(self):
+        """Score after each epoch so far, more is better."""
+        return [row['score'] for row in runs.read_log(self.folder)]
+
+    def scored(self, check, accuracy):
+        """A check for train.fit that adds the score: minus the validation loss, or an accuracy."""
+        def both():
+            row = check() if check else {}
+            return {**row, 'score': -row['val_loss'] if self.by_loss else accuracy()}
+        return both
+
+    def plan(self, epochs, epoch, seconds, pause):
+        """Number of epochs: as many as planned, or no more if it is hopeless."""
+        curve = self.curve[:epoch - 1]
+        return distributed.from_first(epoch - 1 if curve and hopeless(curve, self.others) else epochs)
+
+    def complete(self, run, seconds):
+        """Write metrics.json without a look at the test set."""
+        if distributed.rank() == 0:
+            run.write_metrics({'method': run.config['args']['method'], 'split': 'validation',
+                               'score': self.curve[-1], 'epochs': len(self.curve), 'seconds': round(seconds, 1)})
+
+
+def search(args, typed, run):
+    """Try --search settings from the ranges --over, each as a run of its own, and print them, the best first."""
+    shapes_loss = {'tau', 'crop', 'rotate', 'jitter', 'blur', 'cutout', 'noise', 'beta'}
+    by_loss = args.method in ('ae', 'conv', 'vae') and not shapes_loss & {key for key, *_ in args.over}
+    by_knn = not by_loss and args.method not in ('classify', 'query')
+    if by_knn and stages.load(args).y_train is None:
+        raise ValueError('the losses of these settings can not be compared with each other, and the data has no labels '
+                         'to judge by')
+    print(f'{args.search} settings, scored by '
+          + ('the validation loss' if by_loss else 'kNN on the validation pictures, for which all labels are looked at'
+             if by_knn else {'classify': 'the accuracy on a fifth of the labels paid for',
+                             'query': 'the accuracy estimated from the answers'}[args.method]))
+    base, plain = ({k: v for k, v in of.items() if k not in ('search', 'over')} for of in (vars(args), typed))
+    trials = []
+    for i, setting in enumerate(settings(args.over, args.search, args.seed)):
+        name = f'{args.name}-{i:02}'
+        own = argparse.Namespace(**{**base, **setting, 'name': name})
+        run(own, {**plain, **setting}, Trial(Path('runs') / name, [t['curve'] for t in trials], by_loss))
+        curve = Trial(Path('runs') / name, (), by_loss).curve
+        trials.append({'setting': setting, 'curve': curve, 'stopped': len(curve) < getattr(own, 'epochs', 0)})
+        print(f'{name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in setting.items())
+              + f': score {curve[-1]:.4f}' + (f', stopped after epoch {len(curve)}' if trials[-1]['stopped'] else ''))
+    ranked = sorted(trials, key=lambda t: (t['stopped'], -t['curve'][-1]))
+    print(table(ranked))
+    words = [runs.flag(k, v) for k, v in {**plain, **ranked[0]['setting']}.items()
+             if k not in ('resume', 'overwrite', 'method', 'name')]
+    print('best: python ssl.py --method', args.method, *words)

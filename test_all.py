@@ -56,7 +56,9 @@ import scipy.spatial
 import torch
 
 import cluster
+import clustering
 import data
+import distributed
 import evaluate
 import fetch
 import formats
@@ -65,10 +67,13 @@ import losses
 import nets
 import oracle
 import page
+import querying
 import recipes
 import report
+import represent
 import runs
 import search
+import stages
 import train
 import tsne
 
@@ -198,7 +203,11 @@ TRAINED = (*UNLABELLED, 'classify', 'query', 'cluster', 'scan')
 
 
 def only_training():
-    return mock.patch.multiple(recipes, finish=lambda *_: None, score=lambda *_: None)
+    """What only trains: nothing is measured."""
+    stack = contextlib.ExitStack()
+    for module, name in (represent, 'finish'), (querying, 'score'), (clustering, 'score'):
+        stack.enter_context(mock.patch.object(module, name, lambda *_: None))
+    return stack
 
 
 @functools.cache
@@ -339,7 +348,8 @@ def test_help_shows_every_flag_with_its_default():
 
 
 def test_every_flag_is_read_somewhere():
-    read, sources = set(), [ast.parse((HERE / name).read_text()) for name in ('ssl.py', 'recipes.py')]
+    read, sources = set(), [ast.parse((HERE / name).read_text()) for name in (
+        'ssl.py', 'recipes.py', 'stages.py', 'represent.py', 'querying.py', 'clustering.py', 'search.py')]
     for node in itertools.chain(*map(ast.walk, sources)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'args':
             read.add(node.attr)
@@ -566,7 +576,7 @@ def test_an_assignment_that_collapses_is_said_loudly_and_not_learned_from():
     def collapsing(h, k, **more):                                          # from the second iteration on
         return (one, None, 0) if str(more['seed']).endswith('1') else real(h, k, **more)
     with folder() as cwd, mock.patch.object(evaluate, 'kmeans', collapsing), \
-            mock.patch.object(recipes, 'probabilities', lambda *_: torch.eye(3)[one]):
+            mock.patch.object(stages, 'probabilities', lambda *_: torch.eye(3)[one]):
         write_npz(cwd / 'tiny.npz')
         for method in 'cluster', 'scan':
             code, out, err = run(*tiny(method), cwd=cwd)
@@ -2503,7 +2513,7 @@ def test_who_answers_and_what_classes_are_called_is_checked_before_anything_star
                 ([*web, '--search', 2, '--over', 'lr=1e-4:1e-2'], '--oracle web'),
                 ([*web, '--data', 'bare.npz', '--classes', ','.join(map(str, range(16)))], 'budget')):
             refused(*tiny('query'), *more, cwd=cwd, said=[said])
-        with mock.patch.multiple(recipes.distributed, world=lambda: 2, from_first=lambda value: value):
+        with mock.patch.multiple(distributed, world=lambda: 2, from_first=lambda value: value):
             refused(*tiny('query'), *web, cwd=cwd, said=['one process'])
         assert not list((cwd / 'runs').glob('*'))
         code, out, _ = run(*tiny('query'), '--classes', 'cat, dog,other', cwd=cwd)
@@ -2611,7 +2621,7 @@ def test_a_classifier_starts_from_any_encoder_and_a_frozen_one_keeps_every_bit()
             for more in ['--freeze', '--head', 'mlp'], []:
                 code, out, err = run(*flags, '--encoder', finished(method), *more, cwd=cwd)
                 assert code == 0 and not err, (method, err)
-                before = nets.encoder_of(recipes.load_model(finished(method), runs.read_config(finished(method)),
+                before = nets.encoder_of(stages.load_model(finished(method), runs.read_config(finished(method)),
                                                             torch.device('cpu'))).state_dict()
                 after = weights(cwd / 'runs' / 'classify')['model']
                 after = {k.removeprefix('encoder.'): v for k, v in after.items() if k.startswith('encoder.')}
@@ -2962,9 +2972,9 @@ def test_validation_leaves_the_model_as_it_is_and_weighs_pictures_equally():
 
 def test_measuring_leaves_the_backbone_bit_identical():
     args, ds = cli.parse(['--method', 'simclr', '--no-amp', '--width', '0.1'])[0], data.load(home() / 'tiny.npz')
-    model = recipes.network_of(runs.read_config(finished('simclr')), torch.device('cpu')).train()
+    model = stages.network_of(runs.read_config(finished('simclr')), torch.device('cpu')).train()
     before, ids = runs.state_digest(model.state_dict()), data.split(120, 12, 0)
-    encode, reconstruct = recipes.representation(args, model, ds.x_train, torch.device('cpu'))
+    encode, reconstruct = stages.representation(args, model, ds.x_train, torch.device('cpu'))
     m, _ = evaluate.measure(ds, *ids, encode, reconstruct)
     assert runs.state_digest(model.state_dict()) == before                # BatchNorm buffers included
     assert reconstruct is None and m['features'] == model.encoder.dim != model.head[-1].out_features
@@ -3013,8 +3023,8 @@ class Killed(BaseException):
 
 
 def stopping(how):
-    """recipes.objective_of, but a run takes one step and then gets a signal or is killed before its next."""
-    original = recipes.objective_of
+    """stages.objective_of, but a run takes one step and then gets a signal or is killed before its next."""
+    original = stages.objective_of
     def objective_of(args):
         objective, steps = original(args), []
         def one(model, *given, **more):
@@ -3026,7 +3036,7 @@ def stopping(how):
                     os.kill(os.getpid(), how)
             return objective(model, *given, **more)
         return one
-    return mock.patch.object(recipes, 'objective_of', objective_of)
+    return mock.patch.object(stages, 'objective_of', objective_of)
 
 
 def test_a_run_stopped_at_every_single_step_ends_as_if_left_alone():
@@ -3084,15 +3094,15 @@ import importlib.util, sys, time
 sys.path.insert(0, {str(HERE)!r})
 spec = importlib.util.spec_from_file_location('cli', {str(HERE / 'ssl.py')!r})
 cli = importlib.util.module_from_spec(spec); spec.loader.exec_module(cli)
-import recipes, torch
+import stages, torch
 torch.set_num_threads(1)
-fast = recipes.objective_of
+fast = stages.objective_of
 def objective_of(args):
     def slow(*given):
         time.sleep(0.5)
         return fast(args)(*given)
     return slow
-recipes.objective_of = objective_of
+stages.objective_of = objective_of
 sys.exit(cli.main(sys.argv[1:]))
 '''
 
@@ -3136,7 +3146,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_the_last_good_check
     with folder() as cwd:
         write_npz(cwd / 'tiny.npz')
         for method in TRAINED:
-            original = recipes.objective_of
+            original = stages.objective_of
             def objective_of(args, original=original):
                 objective, steps = original(args), []
                 def explodes_at_step_4(model, *given, **more):
@@ -3144,7 +3154,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_the_last_good_check
                     loss, parts = objective(model, *given, **more)
                     return loss * (math.nan if sum(steps) == 4 and model.training else 1), parts
                 return explodes_at_step_4
-            with mock.patch.object(recipes, 'objective_of', objective_of):
+            with mock.patch.object(stages, 'objective_of', objective_of):
                 said = 'the loss is not finite at epoch 2, step 1'
                 refused(*tiny(method), '--save-every', 1e-9, cwd=cwd, said=[said])
             saved = weights(cwd / 'runs' / method)
@@ -3765,7 +3775,7 @@ def test_export_holds_the_features_of_all_pictures_with_what_labels_are_known():
             x = data.to_float(every).flatten(1)
             assert close(e['features'], evaluate.PCA(x[:120][train_ids], 4).encode(x), 1e-4)
         elif method != 'query':
-            model = recipes.load_model(finished(method), runs.read_config(finished(method)), torch.device('cpu')).eval()
+            model = stages.load_model(finished(method), runs.read_config(finished(method)), torch.device('cpu')).eval()
             assert close(e['features'], model.encode(data.to_float(every)))
         if method == 'query':
             ids, y = labels.LabelDatabase(finished(method) / 'labels.sqlite', None, 0, ds.digest).revealed()
@@ -3788,7 +3798,7 @@ def test_predictions_are_those_of_the_model_for_npz_and_idx_files():
         np.savez(f / 'test.npz', x_test=x)
         np.savez(f / 'train.npz', x_train=x, x_test=x[:3])
         for method in 'classify', 'query':
-            config, args, model, device = recipes.reopen(finished(method), 'cpu')
+            config, args, model, device = stages.reopen(finished(method), 'cpu')
             net, v = getattr(model, 'teacher', model).eval(), data.to_float(torch.from_numpy(x)[:, None])
             with torch.no_grad():
                 probs = (net(v).softmax(1) + net(v.flip(3)).softmax(1)) / 2       # it was trained on mirrored views

@@ -1,0 +1,148 @@
+"""The recipe of cluster and scan: pseudo-labels from the pictures alone, a network trained on them, better ones."""
+import argparse
+import math
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import cluster
+import data
+import distributed
+import evaluate
+import report
+import runs
+import stages
+
+
+def find_clusters(run, args, ds, device):
+    """--method cluster and scan: pseudo-labels from the pictures alone, a network trained on them, better ones."""
+    if args.clusters > len(ds.x_train) // 2:
+        raise ValueError(f'--clusters {args.clusters} is too many for {len(ds.x_train):,} pictures')
+    near, h = look_around(args, ds, device)
+    model = stages.beginning(run, args, device)
+    rounds = Clustering(run, args, ds, model, device, near, h)
+    objective, more = stages.objective_of(args), {'y': rounds.pred}
+    if args.method == 'scan':
+        objective, more = partial(objective, labelled=lambda: rounds.labelled), {
+            'after_step': partial(model.follow, args.ema)}
+    x = data.Pictures(ds.x_train, device)
+    seconds = stages.train_model(run, args, model, objective, x, plan=rounds.plan, **more)
+    if distributed.rank() == 0:
+        score(run, args, ds, model, device, seconds)
+
+
+def look_around(args, ds, device):
+    """(ids (N, k) of each picture's neighbours, features (N, D)): centred and normalised features of all --encoder
+    runs side by side; of the pixels without one."""
+    encoders = [] if args.encoder else [lambda x: x.flatten(1)]
+    for folder in args.encoder or ():
+        config = runs.read_config(folder)
+        model = stages.load_model(Path(folder), config, device)
+        encoders.append(stages.representation(argparse.Namespace(**config['args']), model, None, device)[0])
+    features = [evaluate.in_chunks(encode, ds.x_train, device=device) for encode in encoders]
+    h = torch.cat([F.normalize(h - h.mean(0), dim=1) for h in features], 1)
+    return cluster.neighbours(h, min(args.neighbours, len(h) - 1)), h
+
+
+MOST = 20000        # pictures that stand in for labelled ones, at most
+
+
+HELD = 0.2          # an assignment whose criterion is that much worse than the one before is not learned from
+
+
+class Clustering:
+    """The iterations of find_clusters: every --epochs epochs all pictures are assigned anew, until that changes
+    nothing or --iterations are over; --closing epochs follow. Each assignment is a file, so that a resumed run
+    trains on the very same, and best.pt is the one with the lowest cluster.criterion, which sees no label."""
+
+    def __init__(self, run, args, ds, model, device, near, h):
+        self.run, self.args, self.ds, self.model, self.device, self.near, self.h = run, args, ds, model, device, near, h
+        self.pred = torch.zeros(len(near), dtype=torch.int64, device=device)         # in place: train.fit holds it
+        self.labelled = None
+
+    def plan(self, epoch, seconds, pause):
+        """train.fit's plan: assigns where an iteration begins; returns the number of epochs."""
+        now, inside = divmod(epoch - 1, self.args.epochs)
+        answer = None
+        if distributed.rank() == 0:
+            last = self.last()
+            if inside == 0 and last is None and not self.file(now).exists():
+                self.assign(now, epoch)
+            state = runs.load_checkpoint(self.file(min(now, self.last() or now)))
+            if inside == 0 and (last is None or now <= last):
+                self.run.log({**state['row'], 'epoch': epoch})
+            last = self.last()
+            epochs = (self.args.iterations if last is None else last) * self.args.epochs + self.args.closing
+            if epoch > epochs:
+                self.finish()
+            answer = state['pred'], state['chosen'], epochs
+        pred, chosen, epochs = distributed.from_first(answer)
+        self.pred.copy_(pred)
+        if self.args.method == 'scan':
+            self.labelled = self.ds.x_train[chosen].to(self.device), pred[chosen].to(self.device)
+        return epochs
+
+    def file(self, now):
+        return self.run.folder / f'iteration-{now:02}.pt'
+
+    def last(self):
+        """Number of the iteration after which nothing is assigned anew, or None while that isn't known."""
+        done = sorted(self.run.folder.glob('iteration-*.pt'))
+        return len(done) - 1 if done and runs.load_checkpoint(done[-1])['row']['last'] else None
+
+    def assign(self, now, epoch):
+        """Assign all pictures and write that down, with the weights it came from."""
+        args, before = self.args, self.pred
+        if now:
+            before = runs.load_checkpoint(self.file(now - 1))['pred'].to(self.device)
+        if args.method == 'scan':
+            probs = stages.probabilities(args, self.model, self.ds.x_train, self.device) if now else cluster.scan_heads(
+                self.h, self.near, args.clusters, args.heads, args.entropy, seed=args.seed)[0]
+            pred, chosen = probs.argmax(1), cluster.reliable(probs, self.near, args.threshold)
+            chosen = chosen[::math.ceil(len(chosen) / MOST)]
+        else:
+            encode = stages.representation(args, self.model, None, self.device)[0]
+            h = evaluate.in_chunks(encode, self.ds.x_train, device=self.device) if now else self.h
+            pred = evaluate.kmeans(F.normalize(h, dim=1), args.clusters, seed=f'{args.seed} {now}')[0]
+            pred = cluster.match(pred, before, args.clusters) if now else pred
+            chosen = torch.arange(len(pred), device=self.device)
+        judge = partial(cluster.criterion, near=self.near, K=args.clusters, entropy=args.entropy)
+        stable, found, held = (pred == before).float().mean().item() if now else 0.0, judge(pred), False
+        if now and found > judge(before) + HELD:                           # worse: go on with the one before
+            pred, chosen, held = before, runs.load_checkpoint(self.file(now - 1))['chosen'], True
+        sizes = torch.bincount(pred, minlength=args.clusters)
+        row = {'iteration': now, 'stable': stable, 'live_clusters': int((sizes > 0).sum()), 'relied_on': len(chosen),
+               'sizes': sizes.tolist(), 'criterion': found, 'held': held,
+               'last': now == args.iterations or stable >= args.stable}
+        if self.ds.y_train is not None:                                    # to be looked at, never used
+            known = self.ds.labelled()
+            both = pred.cpu()[known], self.ds.y_train[known]
+            row.update(acc=float(evaluate.hungarian_accuracy(*both)[0]), nmi=evaluate.nmi(*both),
+                       ari=evaluate.ari(*both), purity=evaluate.purity(*both))
+        runs.write_state(self.file(now), {'model': self.model.state_dict(), 'pred': pred.cpu(), 'row': row,
+                                          'chosen': chosen.cpu()})
+        print(report.iteration(row), flush=True)
+
+    def finish(self):
+        """best.pt and final.pt: the final assignment is made by the network as it is now."""
+        state = {'model': self.model.state_dict(),
+                 'pred': stages.probabilities(self.args, self.model, self.ds.x_train, self.device).argmax(1).cpu()}
+        final = cluster.criterion(state['pred'].to(self.device), self.near, self.args.clusters, self.args.entropy)
+        runs.write_state(self.run.folder / 'final.pt', {**state, 'criterion': final})
+        trained = [runs.load_checkpoint(path) for path in sorted(self.run.folder.glob('iteration-*.pt'))[1:]]
+        best = min(trained, key=lambda s: s['row']['criterion'], default=None)
+        if best is not None and best['row']['criterion'] < final:
+            state, final = {'model': best['model'], 'pred': best['pred']}, best['row']['criterion']
+        runs.write_state(self.run.folder / 'best.pt', {**state, 'criterion': final})
+
+
+def score(run, args, ds, model, device, seconds):
+    """Measure best.pt on the test set, once, and write metrics.json and pictures."""
+    began, best = time.monotonic(), runs.load_checkpoint(run.folder / 'best.pt')
+    model.load_state_dict(best['model'])
+    answer = stages.answers(args, model, device)
+    metrics, shown = evaluate.measure_clusters(ds, answer, args.clusters, best['pred'], device)
+    stages.complete(run, args, ds, {**metrics, 'criterion': best['criterion']}, shown, seconds, began)

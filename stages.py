@@ -1,0 +1,211 @@
+"""What the recipes share: the data set, the network and the objective that flags stand for, training, completing.
+
+Here, in the recipes and in ssl.py `args` is known, the namespace of all flags; everything below gets plain values.
+"""
+import argparse
+import math
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import data
+import distributed
+import evaluate
+import nets
+import page
+import report
+import runs
+import train
+
+
+def load(args):
+    """The data set of the flags, or of a run's config.json, which may be older than a flag; its classes named by
+    --classes."""
+    ds, names = data.load(args.data, args.limit, getattr(args, 'dataset', None)), getattr(args, 'classes', None)
+    return data.named(ds, names) if names else ds
+
+
+def pick_device(name):
+    """torch.device for --device, or the best there is; ValueError if it can't be used."""
+    if name is None:
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except Exception as e:                                             # torch raises many types here
+        raise ValueError(f'--device {name} can not be used here ({str(e).split(chr(10))[0][:80]}); '
+                         'try cuda, mps or cpu') from None
+    if device.type not in ('cuda', 'mps', 'cpu'):
+        raise ValueError(f'--device {name} is not one that training runs on; try cuda, mps or cpu')
+    return device
+
+
+def network_of(config, device):
+    """The network of a run, from its config.json alone: initialised by the seed, on the device; None if it has none."""
+    args, shape = argparse.Namespace(**config['args']), config['data']['shape']
+    torch.manual_seed(args.seed)
+    if 'head' in args:
+        begun = config.get('encoder')
+        encoder = nets.encoder_of(network_of(begun, 'cpu')) if begun else nets.Encoder(args.net, shape, args.width)
+        torch.manual_seed(args.seed)                                   # the same head, whatever the encoder
+        K = args.clusters if 'clusters' in args else len(config['data']['classes'])
+        model = nets.Classifier(encoder, K, args.head, args.freeze)
+        model = nets.MeanTeacher(model) if args.method in ('query', 'scan') else model
+    elif 'net' in args:
+        model = nets.build(args.method, args.net, shape, args.width, getattr(args, 'latent', None))
+    else:
+        return None
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def beginning(run, args, device):
+    """The classifier that a run begins with: on the encoder of the first run --encoder, or on a fresh one."""
+    model = network_of(run.config, device)
+    if args.encoder:
+        folder = Path(args.encoder if isinstance(args.encoder, str) else args.encoder[0])
+        trained = nets.encoder_of(load_model(folder, runs.read_config(folder), device)).state_dict()
+        for classifier in [model.student, model.teacher] if args.method in ('query', 'scan') else [model]:
+            classifier.encoder.load_state_dict(trained)
+    return model
+
+
+def read_encoder(folder, shape):
+    """The part of a run's config.json that says what its encoder is; ValueError if it can't be begun with."""
+    config = runs.read_config(folder)
+    if tuple(config['data']['shape']) != tuple(shape):
+        raise ValueError(f'--encoder {folder} was trained on pictures {tuple(config["data"]["shape"])}, '
+                         f'and the data has {tuple(shape)}')
+    if 'net' not in config['args']:
+        raise ValueError(f'{folder} holds no encoder: it is a run of --method {config["args"]["method"]}')
+    return {key: config[key] for key in ('args', 'data', 'encoder') if key in config}
+
+
+def load_model(folder, config, device):
+    """The network of a run folder, as trained."""
+    model = network_of(config, device)
+    return load_weights(model, folder) if 'lr' in config['args'] else model
+
+
+def load_weights(model, folder):
+    """The model with the weights of the folder's newest whole checkpoint."""
+    state = runs.newest_checkpoint(folder)
+    if state is None:
+        raise ValueError(f'{folder} has no checkpoint yet; train it first')
+    try:
+        model.load_state_dict(state['model'])
+    except (KeyError, RuntimeError, AttributeError, TypeError):
+        raise ValueError(f'{folder} holds a checkpoint of another network than its config.json says') from None
+    return model
+
+
+def reopen(folder, device):
+    """(config, args, model or None, device) of a finished run."""
+    config = runs.read_config(folder)
+    args, device = argparse.Namespace(**config['args']), pick_device(device)
+    if not (folder / 'metrics.json').exists():
+        raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
+    return config, args, load_model(folder, config, device) if 'net' in args else None, device
+
+
+def data_of(folder, config):
+    """The data set that a run was made from."""
+    args = argparse.Namespace(**config['args'])
+    ds = load(args)
+    if ds.digest != config['data']['digest']:
+        raise ValueError(f'{folder} was made from other data than '
+                         f'{args.data or getattr(args, "dataset", None) or "Fashion-MNIST here"}')
+    return ds
+
+
+def views_of(args):
+    """The augmentation flags as data.Views."""
+    return data.Views(args.crop, args.flip, args.rotate, args.jitter, args.blur, args.cutout, args.noise)
+
+
+def objective_of(args):
+    """What the method minimises, with its flags filled in."""
+    if args.method == 'vae':
+        return partial(train.variational, beta=args.beta, likelihood=args.likelihood)
+    if args.method == 'simclr':
+        return partial(train.contrastive, tau=args.tau, views=views_of(args))
+    if args.method in ('classify', 'cluster'):
+        return partial(train.classification, views=views_of(args), mixup=args.mixup)
+    if args.method in ('query', 'scan'):
+        return partial(train.consistency, views=views_of(args), threshold=args.threshold)
+    return partial(train.autoencoding, noise=args.noise)
+
+
+def train_model(run, args, model, objective, x, **more):
+    """train.fit with the flags filled in, and more; says first what is trained on what."""
+    if distributed.rank() == 0:
+        where = f'{distributed.world()} x {x.device}' if distributed.world() > 1 else x.device
+        print(f'{run.folder}: {args.method}, {nets.size(model):,} parameters on {where}'
+              f'{" in bfloat16" if args.amp else ""}; {len(x):,} pictures {tuple(x.shape[1:])}', flush=True)
+    closing = args.closing if 'closing' in args else 0 if args.schedule == 'constant' else math.inf
+    return train.fit(
+        distributed.sync_batchnorm(model), objective, x, run, epochs=getattr(args, 'epochs', 0),
+        batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay, warmup=args.warmup, closing=closing,
+        sam=getattr(args, 'sam', 0.0), patience=getattr(args, 'patience', 0),
+        min_delta=getattr(args, 'min_delta', 0.0), seed=args.seed, amp=args.amp, save_every=args.save_every, **more)
+
+
+def representation(args, model, x_train, device, forward=None):
+    """(encode, reconstruct or None): float pictures (B, C, H, W) to features (B, D), and to themselves.
+
+    forward stands in for model.encode, to get a classifier's logits the same way.
+    """
+    if args.method == 'pixels':
+        return lambda x: x.flatten(1), None
+    if args.method == 'pca':
+        pca = evaluate.PCA(data.to_float(x_train.to(device)).flatten(1), args.latent)
+        return (lambda x: pca.encode(x.flatten(1)),
+                lambda x: pca.decode(pca.encode(x.flatten(1))).view_as(x).clamp(0, 1))
+    model.eval()
+    def encode(x):
+        with train.autocast(device, args.amp):
+            return (forward or model.encode)(x).float()
+    def reconstruct(x):
+        with train.autocast(device, args.amp):
+            return model.decode(model.encode(x)).float()
+    return encode, reconstruct if hasattr(model, 'decode') else None
+
+
+def answers(args, model, device):
+    """Function from float pictures to (B, K + D): class probabilities beside features. Where training mirrored
+    pictures, probabilities are the mean of those of both ways round."""
+    net = getattr(model, 'teacher', model)
+    def forward(x):
+        h = net.encode(x)
+        return torch.cat([net.head(h), h], 1)
+    K, both = net.head[-1].out_features, representation(args, model, None, device, forward)[0]
+    def answer(x):
+        out = both(x)
+        probs = out[:, :K].softmax(1)
+        if args.flip:
+            probs = (probs + both(x.flip(3))[:, :K].softmax(1)) / 2
+        return torch.cat([probs, out[:, K:]], 1)
+    return answer
+
+
+def probabilities(args, model, x, device):
+    """Class or cluster probabilities (N, K) of uint8 pictures x."""
+    K = getattr(model, 'teacher', model).head[-1].out_features
+    return evaluate.in_chunks(answers(args, model, device), x, device=device)[:, :K]
+
+
+def complete(run, args, ds, metrics, shown, seconds, began):
+    """Write report.html and then metrics.json, which makes the run a finished one, and say what it holds."""
+    rows = runs.read_log(run.folder)
+    metrics.update(method=args.method, epochs=rows[-1]['epoch'] if rows else None, seconds=round(seconds, 1),
+                   measuring_seconds=round(time.monotonic() - began, 1))
+    page.write(run.folder, run.config, metrics, shown, ds.classes, args.perplexity)
+    run.write_metrics(metrics)
+    print(report.describe(metrics), f'-> {run.folder}/report.html', sep='\n')
+
+
+def write_views(path, x, views, seed):
+    """Originals above two views of each."""
+    g = data.generator(x.device, seed, 'views')
+    report.write_png(path, report.sheet(x, data.augment(x, views, g), data.augment(x, views, g)))
