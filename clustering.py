@@ -116,7 +116,7 @@ class Clustering:
         sizes = torch.bincount(pred, minlength=args.clusters)
         row = {'iteration': now, 'stable': stable, 'live_clusters': int((sizes > 0).sum()), 'relied_on': len(chosen),
                'sizes': sizes.tolist(), 'criterion': found, 'held': held,
-               'last': now == args.iterations or stable >= args.stable}
+               'last': now == args.iterations or stable >= args.stable > 0}
         if self.ds.y_train is not None:                                    # to be looked at, never used
             known = self.ds.labelled()
             both = pred.cpu()[known], self.ds.y_train[known]

@@ -289,6 +289,7 @@ class PCA:
 def principal(h, k=2):
     """First k principal components of h (N, D): (N, k); 0 beyond its dimensions. Through the smaller of the N x N
     products of pictures and the D x D covariance."""
+    h = h / h.abs().max().clamp(min=1e-30)                                # squares of any features stay finite
     if h.shape[1] <= len(h):
         y = PCA(h, min(k, h.shape[1])).encode(h)
     else:

@@ -149,6 +149,9 @@ CURVES = [('Loss', '', {'loss': 'training', 'val_loss': 'validation', 'chance': 
           ('Spread of the features', 'mean standard deviation', {'std': 'on validation pictures'}),
           ('Rank of the features', 'effective dimensions', {'rank': 'on validation pictures'}),
           ('Score', 'of --search, more is better', {'score': 'score'}),
+          ('Clusters against classes', '1 is best', {'acc': 'ACC', 'nmi': 'NMI', 'ari': 'ARI', 'purity': 'purity'}),
+          ('Assigned as before', 'share of the pictures', {'stable': 'share'}),
+          ('Criterion', 'of the clusters, sees no label', {'criterion': 'criterion'}),
           ('Speed', 'pictures a second', {'images_per_s': 'in training'})]
 PNGS = [('reconstructions', 'Reconstructions', 'Validation pictures above, what the code alone gives back below.'),
         ('views', 'Views', 'Validation pictures above, two random views of each below: what the encoder has to match.'),
@@ -194,7 +197,7 @@ def what_was_run(config, metrics):
 
 def feature_maps(shown, names, perplexity, seed, most=2000):
     """The features in two dimensions, by PCA and t-SNE; pointing at one shows its picture."""
-    if len(shown['h']) < 4:
+    if len(shown['h']) < 4 or not shown['h'].isfinite().all():
         return ''
     ids = evaluate.sample(len(shown['h']), most, seed)
     by = 'class' if 'y' in shown else 'predicted class' if 'probs' in shown else None
@@ -215,7 +218,7 @@ def feature_maps(shown, names, perplexity, seed, most=2000):
         y, kl = tsne.tsne(h, perplexity)
         drawn += scatter(f't-SNE: perplexity {min(perplexity, (len(h) - 1) / 3):g}, KL {kl:.2f} nats', y.tolist(),
                          kind, 't-SNE 1: only nearness has a meaning', 't-SNE 2', numbers=False)
-    x, columns = shrink(shown['x'].cpu()[ids]), 50
+    x, columns = shrink(shown['x'][ids]), 50
     sprites = base64.b64encode(png(sheet(*x.split(columns), gap=0, zoom=1))).decode()
     known = json.dumps({'w': x.shape[3], 'h': x.shape[2], 'columns': columns, 'words': words,
                         'sheet': f'data:image/png;base64,{sprites}'})
@@ -266,24 +269,24 @@ def most_wrong(shown, names, n=24):
     ids = ids[guess[ids] != shown['y'][ids]]
     captions = [f'{names.get(y, y)}, taken for {names.get(g, g)}, {p:.1%}' for y, g, p in zip(
         *(v[ids].tolist() for v in (shown['y'], guess, sure)))]
-    return section('Most confidently wrong', pictures(shown['x'].cpu()[ids.cpu()], captions)) if len(ids) else ''
+    return section('Most confidently wrong', pictures(shown['x'][ids.cpu()], captions)) if len(ids) else ''
 
 
 def clusters(shown, names, seed, n=8):
-    """Of each cluster of the k-means that is measured: its medoid first, then members drawn at random."""
+    """Of each cluster its medoid first, then members drawn at random."""
     if 'clusters' not in shown:
         return ''
-    out = ''
-    medoids = evaluate.medoids(F.normalize(shown['h'], dim=1), shown['centres']).cpu()
-    for medoid in medoids[:30]:
-        k = int(shown['clusters'][medoid])
-        members = (shown['clusters'] == k).nonzero().flatten().cpu()
-        ids = torch.cat([medoid[None], members[evaluate.sample(len(members), n - 1, seed, 'members', k)]])
-        match = shown['mapping'].get(k)
-        out += f'<h3>Cluster {k}: {text(names.get(match, "no class"))}, {len(members):,} pictures</h3>' + pictures(
-            shown['x'].cpu()[ids], [names.get(v, v) for v in shown['y'].cpu()[ids].tolist()])
-    return section('Clusters', '<p>Each with the class it is matched to, its medoid first, then members drawn at '
-                   'random with their true class.</p>', out)
+    out, h, matched = '', F.normalize(shown['h'], dim=1), 'mapping' in shown
+    for k in range(min(30, len(shown['centres']))):
+        members = (shown['clusters'] == k).nonzero().flatten()
+        if len(members):
+            medoid = members[(h[members] - shown['centres'][k]).square().sum(1).argmin()].cpu()
+            ids = torch.cat([medoid[None], members.cpu()[evaluate.sample(len(members), n - 1, seed, 'members', k)]])
+            name = f': {text(names.get(shown["mapping"].get(k), "no class"))}' if matched else ''
+            true = [names.get(v, v) for v in shown['y'].cpu()[ids].tolist()] if matched else [''] * len(ids)
+            out += f'<h3>Cluster {k}{name}, {len(members):,} pictures</h3>' + pictures(shown['x'][ids], true)
+    return section('Clusters', '<p>Each with its medoid first, then members drawn at random'
+                   f'{"; with the class it is matched to, and their true class" if matched else ""}.</p>', out)
 
 
 def estimates(rounds):

@@ -102,6 +102,8 @@ def evaluate_again(folder, now):
     """Load a finished run's checkpoint and write its measures, pictures and page anew."""
     config, args, model, device = stages.reopen(folder, now.device)
     ds, args.perplexity = stages.data_of(folder, config), now.perplexity
+    if not (folder / 'metrics.json').exists():
+        raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
     run = runs.Run(folder, config, resume=True)
     seconds = runs.read_json(folder / 'metrics.json').get('seconds') or 0.0
     _, measure = RECIPES.get(args.method, REPRESENT)

@@ -256,7 +256,7 @@ else:
         flag(g, '--clusters', 'how many', type=number(int, 2, 10**4), metavar='K')
         flag(g, '--iterations', 'how often all pictures are assigned anew, every --epochs epochs', type=count,
              metavar='N')
-        flag(g, '--stable', 'stop when this share of them is assigned as before', type=share, metavar='X')
+        flag(g, '--stable', 'stop when this share of them is assigned as before; 0 never', type=share, metavar='X')
         flag(g, '--neighbours', 'of each picture, which should share its cluster', type=count, metavar='N')
         flag(g, '--entropy', 'weight of clusters being equally large', type=number(float, 0, 1e6), metavar='X')
         flag(g, '--heads', 'of which the one with the lowest loss is taken', type=number(int, 1, 1000), metavar='N')

@@ -104,8 +104,6 @@ def reopen(folder, device):
     """(config, args, model or None, device) of a finished run."""
     config = runs.read_config(folder)
     args, device = argparse.Namespace(**config['args']), pick_device(device)
-    if not (folder / 'metrics.json').exists():
-        raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
     return config, args, load_model(folder, config, device) if 'net' in args else None, device
 
 
