@@ -6,6 +6,8 @@ import data
 import evaluate
 import losses
 
+BYTES = 1 << 30          # of all heads' answers together
+
 
 def neighbours(h, k):
     """Ids (N, k) of the k nearest rows of h (N, D) by cosine, without the row itself; in chunks."""
@@ -15,11 +17,12 @@ def neighbours(h, k):
                       zip(*(t.split(max(1, evaluate.CHUNK // len(h))) for t in (h, ids)))])
 
 
-def scan_heads(h, near, K, heads=16, entropy=5.0, steps=600, batch=4096, lr=3e-3, seed=0):
-    """(probabilities (N, K), loss) of the best of many linear cluster heads on frozen features h (N, D).
+def scan_heads(h, near, K, heads=48, entropy=5.0, steps=800, batch=4096, lr=3e-3, seed=0):
+    """Probabilities (N, K) by the consensus of linear cluster heads on frozen features h (N, D).
 
-    All are trained at once by SCAN's loss (arXiv 2005.12320, eq. 2) on pairs of a row and one of its neighbours
-    near (N, k); the best is the one with the lowest loss over fresh pairs, so no label chooses it.
+    All heads are trained at once by SCAN's loss (arXiv 2005.12320, eq. 2) on pairs of a row and one of its neighbours
+    near (N, k). The third with the lowest loss over fresh pairs is kept, so no label chooses; k-means on what they
+    say, side by side, is the consensus, and each head's clusters take the names of the consensus before the mean.
     """
     g = data.generator(h.device, seed, 'scan')
     x = 16 * F.normalize(h.float(), dim=1)
@@ -37,10 +40,14 @@ def scan_heads(h, near, K, heads=16, entropy=5.0, steps=600, batch=4096, lr=3e-3
         loss(min(batch, len(x))).sum().backward()
         opt.step()
     with torch.no_grad():
-        final = loss(5 * batch)
-        best = final.argmin()
-        logits = (x @ weight + bias).view(len(x), heads, K)[:, best]
-    return logits.softmax(1), final[best].item()
+        fits = max(1, BYTES // (4 * len(x) * K))                             # heads whose answers memory holds
+        best = loss(5 * batch).argsort()[:min(-(-heads // 3), fits)]
+        weight, bias = (v.view(*v.shape[:-1], heads, K)[..., best, :].flatten(-2) for v in (weight, bias))
+        probs = (x @ weight + bias).view(len(x), len(best), K).softmax(2)
+        named = evaluate.kmeans(probs.flatten(1), K, restarts=5, seed=seed)[0]
+        for i in range(len(best)):
+            probs[:, i] = probs[:, i][:, names(probs[:, i].argmax(1), named, K).argsort()]
+    return probs.mean(1)
 
 
 def reliable(probs, near, threshold=0.95):
@@ -64,11 +71,14 @@ def criterion(pred, near, K, entropy=5.0):
     return (-same.log() + entropy * torch.special.xlogy(sizes, sizes).sum()).item()
 
 
+def names(pred, before, K):
+    """For each of K clusters of pred (N,) the cluster of the assignment `before` that it overlaps most, one to one
+    (Hungarian): (K,) int64."""
+    found = {int(a): int(b) for a, b in evaluate.hungarian_accuracy(pred, before)[1].items()}
+    free = [c for c in range(K) if c not in found.values()]
+    return torch.tensor([found[c] if c in found else free.pop() for c in range(K)], device=pred.device)
+
+
 def match(pred, before, K):
-    """pred (N,) with its clusters renamed to those of the assignment `before` that they overlap most (Hungarian)."""
-    name = {int(a): int(b) for a, b in evaluate.hungarian_accuracy(pred, before)[1].items()}
-    free = [c for c in range(K) if c not in name.values()]
-    for c in range(K):
-        if c not in name:
-            name[c] = free.pop()
-    return torch.tensor([name[c] for c in range(K)], device=pred.device)[pred]
+    """pred (N,) with its clusters renamed to those of `before`, as names says."""
+    return names(pred, before, K)[pred]

@@ -100,7 +100,7 @@ class Clustering:
             before = runs.load_checkpoint(self.file(now - 1))['pred'].to(self.device)
         if args.method == 'scan':
             probs = stages.probabilities(args, self.model, self.ds.x_train, self.device) if now else cluster.scan_heads(
-                self.h, self.near, args.clusters, args.heads, args.entropy, seed=args.seed)[0]
+                self.h, self.near, args.clusters, args.heads, args.entropy, seed=args.seed)
             pred, chosen = probs.argmax(1), cluster.reliable(probs, self.near, args.threshold)
             chosen = chosen[::math.ceil(len(chosen) / MOST)]
         else:

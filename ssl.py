@@ -58,9 +58,9 @@ else:
         'clusters': dict(cluster=10, scan=10),
         'iterations': dict(cluster=30, scan=6),
         'stable': dict(cluster=0.995, scan=0.995),
-        'neighbours': dict(cluster=20, scan=20),
+        'neighbours': dict(cluster=50, scan=50),
         'entropy': dict(cluster=5.0, scan=5.0),
-        'heads': dict(scan=16),
+        'heads': dict(scan=48),
         'crop': dict(simclr=0.3, **all_headed(0.5, classify=0.7)),
         'flip': dict(simclr=True, **all_headed(True)),
         'rotate': dict(simclr=10.0, **all_headed(10.0, classify=5.0)),
@@ -259,7 +259,7 @@ else:
         flag(g, '--stable', 'stop when this share of them is assigned as before; 0 never', type=share, metavar='X')
         flag(g, '--neighbours', 'of each picture, which should share its cluster', type=count, metavar='N')
         flag(g, '--entropy', 'weight of clusters being equally large', type=number(float, 0, 1e6), metavar='X')
-        flag(g, '--heads', 'of which the one with the lowest loss is taken', type=number(int, 1, 1000), metavar='N')
+        flag(g, '--heads', 'of which the third with the lowest loss finds the consensus', type=number(int, 1, 1000), metavar='N')
 
         g = p.add_argument_group('views')
         flag(g, '--crop', 'smallest share of the area a crop keeps; 1 is no crop', type=number(float, 0.01, 1),
