@@ -259,7 +259,8 @@ else:
         flag(g, '--stable', 'stop when this share of them is assigned as before; 0 never', type=share, metavar='X')
         flag(g, '--neighbours', 'of each picture, which should share its cluster', type=count, metavar='N')
         flag(g, '--entropy', 'weight of clusters being equally large', type=number(float, 0, 1e6), metavar='X')
-        flag(g, '--heads', 'of which the third with the lowest loss finds the consensus', type=number(int, 1, 1000), metavar='N')
+        flag(g, '--heads', 'linear ones, of which the third with the lowest loss decides together',
+             type=number(int, 1, 1000), metavar='N')
 
         g = p.add_argument_group('views')
         flag(g, '--crop', 'smallest share of the area a crop keeps; 1 is no crop', type=number(float, 0.01, 1),

@@ -509,7 +509,7 @@ def test_scan_heads_find_blobs_and_agree_on_the_names():
     near = cluster.neighbours(h, 5)
     probs = cluster.scan_heads(h, near, 3, heads=8, steps=200, batch=64)
     assert evaluate.hungarian_accuracy(probs.argmax(1), blob)[0] == 1 and close(probs.sum(1), torch.ones(60))
-    assert probs.max(1).values.min() > 0.9                                 # the mean of heads that name differently is not
+    assert probs.max(1).values.min() > 0.75                                # heads that name differently would blur it
     assert close(cluster.scan_heads(h, near, 3, heads=8, steps=200, batch=64), probs, 1e-5)
     with mock.patch.object(cluster, 'BYTES', 1):                           # room for one head only
         one = cluster.scan_heads(h, near, 3, heads=8, steps=200, batch=64)
