@@ -1,4 +1,6 @@
 """Clusters without labels: neighbours, SCAN heads on frozen features, which pictures to rely on, matching."""
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -50,17 +52,17 @@ def scan_heads(h, near, K, heads=48, entropy=5.0, steps=800, batch=4096, lr=3e-3
     return probs.mean(1)
 
 
-def reliable(probs, near, threshold=0.95):
-    """Ids of pictures to learn from: assigned with more than `threshold` and, on average, so are their neighbours
-    to the same cluster (the local consistency of SPICE, arXiv 2103.09382, section 3.3); of a cluster without any,
-    the ten surest."""
-    sure, pred = probs.max(1)
+def reliable(probs, near, share=0.5):
+    """Ids of pictures to learn from: of each cluster the `share` of its members, one at least, whose neighbours are, on
+    average, most surely in it too (local consistency as in SPICE, arXiv 2103.09382, section 3.3). The same share of
+    each, or the clusters that are easy to tell would swallow the others."""
+    pred = probs.argmax(1)
     around = torch.cat([probs[part].mean(1) for part in near.split(4096)]).gather(1, pred.unsqueeze(1)).squeeze(1)
-    chosen = (sure > threshold) & (around > threshold)
+    chosen = []
     for c in range(probs.shape[1]):
-        if not chosen[pred == c].any():
-            chosen[probs[:, c].topk(min(10, len(probs))).indices] = True
-    return chosen.nonzero().flatten()
+        members = (pred == c).nonzero().flatten()
+        chosen.append(members[around[members].argsort(descending=True)[:math.ceil(share * len(members))]])
+    return torch.cat(chosen).sort().values
 
 
 def criterion(pred, near, K, entropy=5.0):

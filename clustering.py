@@ -101,7 +101,7 @@ class Clustering:
         if args.method == 'scan':
             probs = stages.probabilities(args, self.model, self.ds.x_train, self.device) if now else cluster.scan_heads(
                 self.h, self.near, args.clusters, args.heads, args.entropy, seed=args.seed)
-            pred, chosen = probs.argmax(1), cluster.reliable(probs, self.near, args.threshold)
+            pred, chosen = probs.argmax(1), cluster.reliable(probs, self.near)
             chosen = chosen[::math.ceil(len(chosen) / MOST)]
         else:
             encode = stages.representation(args, self.model, None, self.device)[0]

@@ -531,12 +531,11 @@ def test_the_criterion_sees_neighbours_and_sizes_and_one_cluster_for_all_is_wors
     assert close(cluster.criterion(swapped, near, 3, 2.0), -math.log(same) + 2 * sum(s * math.log(s) for s in sizes))
 
 
-def test_reliable_pictures_are_sure_and_so_are_their_neighbours():
-    probs = torch.tensor([[0.99, 0.01], [0.99, 0.01], [0.97, 0.03], [0.6, 0.4], [0.01, 0.99]])
-    near = torch.tensor([[1, 2], [0, 2], [3, 0], [0, 1], [0, 1]])
-    assert cluster.reliable(probs, near).tolist() == [0, 1, 2, 3, 4]        # the second cluster has none: its surest
-    near[4] = torch.tensor([4, 4])
-    assert cluster.reliable(probs, near).tolist() == [0, 1, 4]
+def test_reliable_pictures_are_those_of_each_cluster_whose_neighbours_are_surest_of_it():
+    probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4], [0.4, 0.6], [0.1, 0.9]])
+    near = torch.tensor([[1, 2], [2, 3], [3, 4], [0, 1], [5, 5], [4, 4]])   # in cluster 0: .75, .65, .5, .85
+    assert cluster.reliable(probs, near).tolist() == [0, 3, 4]              # in cluster 1: .9, .6
+    assert cluster.reliable(probs, near, 0.1).tolist() == [3, 4] and len(cluster.reliable(probs, near, 1.0)) == 6
 
 
 def test_clusters_keep_their_names_whatever_the_order_they_are_found_in():
