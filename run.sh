@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The main job: trains every method on Fashion-MNIST, measures each the same way, prints one table.
 #
-#   bash run.sh          about 15 minutes on two CPU cores
-#   bash run.sh quick    a smoke run of under 2 minutes
-#   bash run.sh full     the long schedule whose numbers the README quotes, for the seeds 0 and 1: an hour
+#   bash run.sh          about half an hour on two CPU cores
+#   bash run.sh quick    a smoke run of about 3 minutes
+#   bash run.sh full     the long schedule whose numbers the README quotes, for the seeds 0 and 1: four hours
 #                        (bash run.sh full 2 3 4 for others)
 #   bash run.sh test     the tests; further words go to test_all.py
 #
