@@ -21,7 +21,7 @@ def find_clusters(run, args, ds, device):
     """--method cluster and scan: pseudo-labels from the pictures alone, a network trained on them, better ones."""
     if args.clusters > len(ds.x_train) // 2:
         raise ValueError(f'--clusters {args.clusters} is too many for {len(ds.x_train):,} pictures')
-    near, h = look_around(args, ds, device)
+    near, h, _ = look_around(args, ds, device)
     model = stages.beginning(run, args, device)
     rounds = Clustering(run, args, ds, model, device, near, h)
     objective, more = stages.objective_of(args), {'y': rounds.pred}
@@ -35,16 +35,19 @@ def find_clusters(run, args, ds, device):
 
 
 def look_around(args, ds, device):
-    """(ids (N, k) of each picture's neighbours, features (N, D)): centred and normalised features of all --encoder
-    runs side by side; of the pixels without one."""
+    """(ids (N, k) of each picture's neighbours, features (N, D), function from float pictures to features): of all
+    --encoder runs side by side, each centred and normalised; of the pixels without one."""
     encoders = [] if args.encoder else [lambda x: x.flatten(1)]
     for folder in args.encoder or ():
         config = runs.read_config(folder)
         model = stages.load_model(Path(folder), config, device)
         encoders.append(stages.representation(argparse.Namespace(**config['args']), model, None, device)[0])
     features = [evaluate.in_chunks(encode, ds.x_train, device=device) for encode in encoders]
-    h = torch.cat([F.normalize(h - h.mean(0), dim=1) for h in features], 1)
-    return cluster.neighbours(h, min(args.neighbours, len(h) - 1)), h
+    means = [h.mean(0) for h in features]
+    h = torch.cat([F.normalize(h - mean, dim=1) for h, mean in zip(features, means)], 1)
+    def encode_all(x):
+        return torch.cat([F.normalize(encode(x) - mean, dim=1) for encode, mean in zip(encoders, means)], 1)
+    return cluster.neighbours(h, min(args.neighbours, len(h) - 1)), h, encode_all
 
 
 MOST = 20000        # pictures that stand in for labelled ones, at most
@@ -110,6 +113,7 @@ class Clustering:
             pred = cluster.match(pred, before, args.clusters) if now else pred
             chosen = torch.arange(len(pred), device=self.device)
         judge = partial(cluster.criterion, near=self.near, K=args.clusters, entropy=args.entropy)
+        own = pred
         stable, found, held = (pred == before).float().mean().item() if now else 0.0, judge(pred), False
         if now and found > judge(before) + HELD:                           # worse: go on with the one before
             pred, chosen, held = before, runs.load_checkpoint(self.file(now - 1))['chosen'], True
@@ -122,27 +126,45 @@ class Clustering:
             both = pred.cpu()[known], self.ds.y_train[known]
             row.update(acc=float(evaluate.hungarian_accuracy(*both)[0]), nmi=evaluate.nmi(*both),
                        ari=evaluate.ari(*both), purity=evaluate.purity(*both))
-        runs.write_state(self.file(now), {'model': self.model.state_dict(), 'pred': pred.cpu(), 'row': row,
-                                          'chosen': chosen.cpu()})
+        runs.write_state(self.file(now), {'model': self.model.state_dict(), 'pred': pred.cpu(), 'own': own.cpu(),
+                                          'row': row, 'chosen': chosen.cpu()})
         print(report.iteration(row), flush=True)
 
     def finish(self):
-        """best.pt and final.pt: the final assignment is made by the network as it is now."""
-        state = {'model': self.model.state_dict(),
-                 'pred': stages.probabilities(self.args, self.model, self.ds.x_train, self.device).argmax(1).cpu()}
-        final = cluster.criterion(state['pred'].to(self.device), self.near, self.args.clusters, self.args.entropy)
-        runs.write_state(self.run.folder / 'final.pt', {**state, 'criterion': final})
-        trained = [runs.load_checkpoint(path) for path in sorted(self.run.folder.glob('iteration-*.pt'))[1:]]
-        best = min(trained, key=lambda s: s['row']['criterion'], default=None)
-        if best is not None and best['row']['criterion'] < final:
-            state, final = {'model': best['model'], 'pred': best['pred']}, best['row']['criterion']
-        runs.write_state(self.run.folder / 'best.pt', {**state, 'criterion': final})
+        """final.pt, the network as it is now, and best.pt, the assignment with the lowest criterion; 'voted' tells that
+        no network made it: it is the first, from the neighbours alone."""
+        pred = stages.probabilities(self.args, self.model, self.ds.x_train, self.device).argmax(1)
+        best = {'model': self.model.state_dict(), 'pred': pred.cpu(), 'voted': False,
+                'criterion': cluster.criterion(pred, self.near, self.args.clusters, self.args.entropy)}
+        runs.write_state(self.run.folder / 'final.pt', best)
+        for path in sorted(self.run.folder.glob('iteration-*.pt')):
+            state = runs.load_checkpoint(path)
+            if state['row']['criterion'] < best['criterion']:
+                best = {'model': state['model'], 'pred': state['own'], 'voted': state['row']['iteration'] == 0,
+                        'criterion': state['row']['criterion']}
+        runs.write_state(self.run.folder / 'best.pt', best)
 
 
 def score(run, args, ds, model, device, seconds):
     """Measure best.pt on the test set, once, and write metrics.json and pictures."""
     began, best = time.monotonic(), runs.load_checkpoint(run.folder / 'best.pt')
     model.load_state_dict(best['model'])
-    answer = stages.answers(args, model, device)
+    if best['voted']:
+        _, h, encode = look_around(args, ds, device)
+        answer = voting(encode, h, best['pred'].to(device), args)
+    else:
+        answer = stages.answers(args, model, device)
     metrics, shown = evaluate.measure_clusters(ds, answer, args.clusters, best['pred'], device)
-    stages.complete(run, args, ds, {**metrics, 'criterion': best['criterion']}, shown, seconds, began)
+    stages.complete(run, args, ds, {**metrics, 'criterion': best['criterion'], 'voted': best['voted']}, shown, seconds,
+                    began)
+
+
+def voting(encode, h, pred, args):
+    """Function from float pictures to (B, K + D): how their nearest training pictures, by features h (N, D), are
+    assigned, as shares, beside the features: what an assignment says of pictures it has not seen."""
+    bank, k = F.normalize(h, dim=1), min(args.neighbours, len(h))
+    def answer(x):
+        own = encode(x)
+        near = (F.normalize(own, dim=1) @ bank.T).topk(k, dim=1).indices
+        return torch.cat([F.one_hot(pred[near], args.clusters).float().mean(1), own], 1)
+    return answer

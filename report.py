@@ -79,7 +79,8 @@ def measures(m):
         rows.append(('accuracy', f'{m["accuracy"]:.2%}', f'from {m["labels"]:,} labels'))
         rows.append(('F1', f'{statistics.mean(m["f1"]):.3f}', 'mean over classes'))
     if 'live_clusters' in m:
-        rows.append(('clusters', f'{m["clusters"]}', f'{m["live_clusters"]} alive, of sizes {m["sizes"]}'))
+        rows.append(('clusters', f'{m["clusters"]}', f'{m["live_clusters"]} alive, of sizes {m["sizes"]}'
+                     + (', by a vote of neighbours' if m['voted'] else ', by the network')))
     if 'acc' in m:
         rows.append(('ACC', f'{m["acc"]:.3f}', f'Hungarian, on the {m["mapping"]} labels'))
         rows.append(('NMI', f'{m["nmi"]:.3f}', 'arithmetic mean of the entropies'))

@@ -538,6 +538,17 @@ def test_reliable_pictures_are_those_of_each_cluster_whose_neighbours_are_surest
     assert cluster.reliable(probs, near, 0.1).tolist() == [3, 4] and len(cluster.reliable(probs, near, 1.0)) == 6
 
 
+def test_unseen_pictures_are_assigned_by_a_vote_of_their_neighbours():
+    h, blob = blobs()
+    answer = clustering.voting(lambda x: x, h, blob, cli.parse(['--method', 'scan', '--clusters', '4',
+                                                                '--neighbours', '7'])[0])
+    out = answer(h[:9] + 0.01)
+    cosine = 1 - scipy.spatial.distance.cdist(h[:9].numpy() + 0.01, h.numpy(), 'cosine')
+    for row, near in zip(out, np.argsort(-cosine, axis=1)[:, :7]):
+        assert close(row[:4], [sum(int(blob[i]) == c for i in near) / 7 for c in range(4)])
+    assert close(out[:, 4:], h[:9] + 0.01)
+
+
 def test_clusters_keep_their_names_whatever_the_order_they_are_found_in():
     before = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 2])
     for names in itertools.permutations(range(4), 3):
