@@ -289,14 +289,15 @@ class PCA:
 def principal(h, k=2):
     """First k principal components of h (N, D): (N, k); 0 beyond its dimensions. Through the smaller of the N x N
     products of pictures and the D x D covariance."""
-    h = h / h.abs().max().clamp(min=1e-30)                                # squares of any features stay finite
+    scale = h.abs().max().clamp(min=1e-30)                                 # squares of any features stay finite
+    h = h / scale
     if h.shape[1] <= len(h):
         y = PCA(h, min(k, h.shape[1])).encode(h)
     else:
         h = h - h.mean(0)
         values, vectors = torch.linalg.eigh((h @ h.T).cpu())
         y = (vectors[:, -k:] * values[-k:].clamp(min=0).sqrt()).flip(1).to(h.device)
-    return F.pad(y, (0, k - y.shape[1]))
+    return scale * F.pad(y, (0, k - y.shape[1]))
 
 
 def effective_rank(h):

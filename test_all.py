@@ -194,7 +194,7 @@ def tiny(method, *more):
         flags += ['--batch-size', 40, '--budget', 15, '--rounds', 2, '--round-epochs', 1, '--closing', 0]
     if method in ('cluster', 'scan'):                                     # two iterations of an epoch each
         flags += ['--clusters', 3, '--batch-size', 40, '--epochs', 1, '--iterations', 2, '--closing', 0,
-                  '--neighbours', 5, '--stable', 0]
+                  '--neighbours', 5, '--stable', 0, *['--heads', 3] * (method == 'scan')]
     return flags + list(more)
 
 
