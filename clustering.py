@@ -21,7 +21,8 @@ def find_clusters(run, args, ds, device):
     """--method cluster and scan: pseudo-labels from the pictures alone, a network trained on them, better ones."""
     if args.clusters > len(ds.x_train) // 2:
         raise ValueError(f'--clusters {args.clusters} is too many for {len(ds.x_train):,} pictures')
-    near, h, _ = look_around(args, ds, device)
+    h, _ = look_around(args, ds, device)
+    near = cluster.neighbours(h, min(args.neighbours, len(h) - 1))
     model = stages.beginning(run, args, device)
     rounds = Clustering(run, args, ds, model, device, near, h)
     objective, more = stages.objective_of(args), {'y': rounds.pred}
@@ -35,8 +36,8 @@ def find_clusters(run, args, ds, device):
 
 
 def look_around(args, ds, device):
-    """(ids (N, k) of each picture's neighbours, features (N, D), function from float pictures to features): of all
-    --encoder runs side by side, each centred and normalised; of the pixels without one."""
+    """(features (N, D) in which neighbours are looked for, function from float pictures to them): those of all
+    --encoder runs side by side, each centred and normalised; the pixels without one."""
     encoders = [] if args.encoder else [lambda x: x.flatten(1)]
     for folder in args.encoder or ():
         config = runs.read_config(folder)
@@ -47,12 +48,10 @@ def look_around(args, ds, device):
     h = torch.cat([F.normalize(h - mean, dim=1) for h, mean in zip(features, means)], 1)
     def encode_all(x):
         return torch.cat([F.normalize(encode(x) - mean, dim=1) for encode, mean in zip(encoders, means)], 1)
-    return cluster.neighbours(h, min(args.neighbours, len(h) - 1)), h, encode_all
+    return h, encode_all
 
 
 MOST = 20000        # pictures that stand in for labelled ones, at most
-
-
 HELD = 0.2          # an assignment whose criterion is that much worse than the one before is not learned from
 
 
@@ -73,7 +72,7 @@ class Clustering:
         if distributed.rank() == 0:
             last = self.last()
             if inside == 0 and last is None and not self.file(now).exists():
-                self.assign(now, epoch)
+                self.assign(now)
             state = runs.load_checkpoint(self.file(min(now, self.last() or now)))
             if inside == 0 and (last is None or now <= last):
                 self.run.log({**state['row'], 'epoch': epoch})
@@ -96,11 +95,12 @@ class Clustering:
         done = sorted(self.run.folder.glob('iteration-*.pt'))
         return len(done) - 1 if done and runs.load_checkpoint(done[-1])['row']['last'] else None
 
-    def assign(self, now, epoch):
+    def assign(self, now):
         """Assign all pictures and write that down, with the weights it came from."""
         args, before = self.args, self.pred
         if now:
-            before = runs.load_checkpoint(self.file(now - 1))['pred'].to(self.device)
+            previous = runs.load_checkpoint(self.file(now - 1))
+            before = previous['pred'].to(self.device)
         if args.method == 'scan':
             probs = stages.probabilities(args, self.model, self.ds.x_train, self.device) if now else cluster.scan_heads(
                 self.h, self.near, args.clusters, args.heads, args.entropy, seed=args.seed)
@@ -116,7 +116,7 @@ class Clustering:
         own = pred
         stable, found, held = (pred == before).float().mean().item() if now else 0.0, judge(pred), False
         if now and found > judge(before) + HELD:                           # worse: go on with the one before
-            pred, chosen, held = before, runs.load_checkpoint(self.file(now - 1))['chosen'], True
+            pred, chosen, held = before, previous['chosen'], True
         sizes = torch.bincount(pred, minlength=args.clusters)
         row = {'iteration': now, 'stable': stable, 'live_clusters': int((sizes > 0).sum()), 'relied_on': len(chosen),
                'sizes': sizes.tolist(), 'criterion': found, 'held': held,
@@ -150,7 +150,7 @@ def score(run, args, ds, model, device, seconds):
     began, best = time.monotonic(), runs.load_checkpoint(run.folder / 'best.pt')
     model.load_state_dict(best['model'])
     if best['voted']:
-        _, h, encode = look_around(args, ds, device)
+        h, encode = look_around(args, ds, device)
         answer = voting(encode, h, best['pred'].to(device), args)
     else:
         answer = stages.answers(args, model, device)

@@ -161,7 +161,7 @@ PNGS = [('reconstructions', 'Reconstructions', 'Validation pictures above, what 
 
 def write(folder, config, metrics, shown, classes, perplexity=30.0):
     """report.html of a run folder. shown: what was measured, from evaluate.measure or measure_classifier; for runs
-    that paid for labels also asked: (pictures, rows of LabelDatabase.asked, its rounds)."""
+    that paid for labels also asked: (pictures, rows of LabelDatabase.history, its rounds)."""
     folder, rows, args = Path(folder), runs.read_log(folder), config['args']
     names = dict(enumerate(classes))
     table = measures(metrics)
