@@ -6,6 +6,7 @@ by (seed, epoch, step): a run stopped anywhere and resumed sees exactly what it 
 """
 import gzip
 import hashlib
+import itertools
 import math
 import random
 import zipfile
@@ -395,6 +396,19 @@ def warp(x, crop, flip, rotate, g=None):
     theta = torch.cat([sx * cos, -sy * sin * H / W, tx, sx * sin * W / H, sy * cos, ty], 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
+
+
+def fixed_views(x, crop, flip):
+    """The views (B, C, H, W) over which a prediction is averaged: each picture; if `flip`, its mirror image; if `crop`,
+    its four corner crops of 96 % a side, with `flip` two of them mirrored (after Krizhevsky et al. 2012)."""
+    yield x
+    if flip:
+        yield x.flip(3)
+    side = 0.96
+    for dx, dy in itertools.product((side - 1, 1 - side), repeat=2) if crop else ():
+        theta = x.new_tensor([[-side if flip and dx != dy else side, 0, dx], [0, side, dy]])
+        grid = F.affine_grid(theta.expand(len(x), 2, 3), x.shape, align_corners=False)
+        yield F.grid_sample(x, grid, align_corners=False)
 
 
 def color_jitter(x, strength, g=None):

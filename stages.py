@@ -171,19 +171,17 @@ def representation(args, model, x_train, device, forward=None):
 
 
 def answers(args, model, device):
-    """Function from float pictures to (B, K + D): class probabilities beside features. Where training mirrored
-    pictures, probabilities are the mean of those of both ways round."""
+    """Function from float pictures to (B, K + D): class probabilities, the mean of those of data.fixed_views of the
+    kinds that training saw, beside features."""
     net = getattr(model, 'teacher', model)
     def forward(x):
         h = net.encode(x)
         return torch.cat([net.head(h), h], 1)
     K, both = net.head[-1].out_features, representation(args, model, None, device, forward)[0]
     def answer(x):
-        out = both(x)
-        probs = out[:, :K].softmax(1)
-        if args.flip:
-            probs = (probs + both(x.flip(3))[:, :K].softmax(1)) / 2
-        return torch.cat([probs, out[:, K:]], 1)
+        out = [both(view) for view in data.fixed_views(x, args.crop < 1, args.flip)]
+        probs = torch.stack([o[:, :K].softmax(1) for o in out]).mean(0)
+        return torch.cat([probs, out[0][:, K:]], 1)
     return answer
 
 

@@ -2563,7 +2563,8 @@ def test_the_teacher_is_the_moving_average_of_the_student():
 def test_consistency_learns_from_pictures_the_teacher_is_sure_of_and_from_no_other():
     torch.manual_seed(0)
     model = nets.MeanTeacher(nets.Classifier(nets.Encoder('fc', (1, 8, 8)), 3)).train()
-    x, views = randn(8, 1, 8, 8, seed=1).sigmoid(), data.Views(1, False, 0, 0)
+    model.teacher.head[0].weight.data *= 50
+    x, views = rand(8, 1, 8, 8, seed=1), data.Views(1, False, 0, 0)
     x_l, y_l = (randn(5, 1, 8, 8, seed=2).sigmoid() * 255).byte(), torch.tensor([0, 1, 2, 0, 1])
     def value(threshold):
         g = data.generator('cpu', 0)
@@ -2572,11 +2573,15 @@ def test_consistency_learns_from_pictures_the_teacher_is_sure_of_and_from_no_oth
     ids = torch.randint(5, (2,), generator=data.generator('cpu', 0))
     supervised = torch.nn.functional.cross_entropy(model.student(x_l[ids].float() / 255), y_l[ids]).item()
     assert close(value(1.0)[0], supervised) and value(1.0)[1] == 0
-    with mock.patch.object(data, 'augment', lambda x, views, g: x):
+    def views_of(x, views, g):                                      # the second weak view of each is its negative
+        return x if len(x) < 16 else torch.cat([x[:8], 1 - x[8:]])
+    with mock.patch.object(data, 'augment', views_of):
         loss, accepted = value(0.0)
     logits = model.student(x)
-    unsupervised = torch.nn.functional.cross_entropy(logits, model.teacher(x).argmax(1)).item()
+    guess = (model.teacher(x).softmax(1) + model.teacher(1 - x).softmax(1)).argmax(1)
+    unsupervised = torch.nn.functional.cross_entropy(logits, guess).item()
     assert close(loss, supervised + unsupervised) and accepted == 1
+    assert (guess != model.teacher(x).argmax(1)).any()
 
 
 def test_sam_takes_the_gradient_where_the_loss_is_highest_nearby_and_goes_back():
@@ -3814,8 +3819,15 @@ def test_predictions_are_those_of_the_model_for_npz_and_idx_files():
         for method in 'classify', 'query':
             config, args, model, device = stages.reopen(finished(method), 'cpu')
             net, v = getattr(model, 'teacher', model).eval(), data.to_float(torch.from_numpy(x)[:, None])
-            with torch.no_grad():
-                probs = (net(v).softmax(1) + net(v.flip(3)).softmax(1)) / 2       # it was trained on mirrored views
+            with torch.no_grad():                                     # the views by scipy, in pixels
+                seen = [v, v.flip(3)]
+                for dx, dy in itertools.product((-1, 1), repeat=2):
+                    rows, cols = (0.96 * (np.arange(n) - (n - 1) / 2) + (n - 1) / 2 + d * 0.04 * n / 2
+                                  for n, d in zip(v.shape[2:], (dy, dx)))
+                    where = np.meshgrid(rows, cols[::-1] if dx != dy else cols, indexing='ij')
+                    seen.append(torch.from_numpy(np.stack([scipy.ndimage.map_coordinates(
+                        one[0].numpy(), where, order=1, mode='grid-constant') for one in v])[:, None]))
+                probs = sum(net(one).softmax(1) for one in seen) / 6
             seen = set()
             for name in 'x.idx', 'x.gz', 'x.npz', 'test.npz', 'train.npz':
                 code, out, err = run('--predict', finished(method), f / name)
