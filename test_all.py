@@ -486,11 +486,14 @@ def test_training_stops_early_by_patience_and_min_delta():
 # cluster.py -------------------------------------------------------------------------------------------------
 
 def test_neighbours_are_the_nearest_by_cosine_without_the_picture_itself():
-    h = randn(70, 5, seed=1)
-    cosine = 1 - scipy.spatial.distance.cdist(h.numpy(), h.numpy(), 'cosine')
-    np.fill_diagonal(cosine, -2)
-    with mock.patch.object(evaluate, 'CHUNK', 1000):
-        assert cluster.neighbours(h, 4).tolist() == np.argsort(-cosine, axis=1)[:, :4].tolist()
+    for n, k in (500, 4), (500, 20), (64, 63), (9, 4):
+        h = randn(n, 5, seed=1)
+        cosine = 1 - scipy.spatial.distance.cdist(h.double().numpy(), h.double().numpy(), 'cosine')
+        np.fill_diagonal(cosine, -2)
+        with mock.patch.object(evaluate, 'CHUNK', 3000):
+            assert cluster.neighbours(h, k).tolist() == np.argsort(-cosine, axis=1)[:, :k].tolist()
+    equal = cluster.neighbours(torch.ones(100, 3), 7)                     # itself need not be among the first 8 then
+    assert equal.shape == (100, 7) and all(i not in row for i, row in enumerate(equal.tolist()))
 
 
 def test_the_scan_loss_is_equation_2_and_least_when_sure_agreed_and_balanced():
@@ -1515,9 +1518,10 @@ def nt_xent_by_loops(z1, z2, tau):
 
 
 def test_nt_xent_is_equation_1_written_out():
-    for B, tau in itertools.product((1, 2, 5), (0.1, 0.5, 2.0)):
+    for B, tau, chunk in itertools.product((1, 2, 5), (0.1, 0.5, 2.0), (1 << 20, 30, 1)):
         z1, z2 = randn(B, 7, seed=B).requires_grad_(), randn(B, 7, seed=9).requires_grad_()
-        loss, wanted = losses.nt_xent(z1, z2, tau), nt_xent_by_loops(z1, z2, tau)
+        with mock.patch.object(losses, 'CHUNK', chunk):
+            loss, wanted = losses.nt_xent(z1, z2, tau), nt_xent_by_loops(z1, z2, tau)
         assert close(loss, wanted)
         for a, b in zip(torch.autograd.grad(loss, (z1, z2)), torch.autograd.grad(wanted, (z1, z2))):
             assert close(a, b, 1e-4)
@@ -3400,6 +3404,36 @@ def test_fewer_pictures_than_a_batch_and_a_last_batch_of_one_are_learned():
         for more in [], ['--val', 1], ['--latent', 1]:                    # of rank 1 at most, but not collapsed
             code, out, err = run(*tiny('conv'), '--overwrite', *more, cwd=cwd)
             assert code == 0 and not err and 'nan' not in out and 'WARNING' not in out, (more, err, out)
+
+
+def test_a_step_of_each_method_leaves_no_tensor_behind_on_the_cpu():
+    """On the meta device, which computes nothing but refuses to mix devices: what a GPU would stumble over."""
+    x, x_l, y_l = (torch.empty(*shape, device='meta', dtype=dtype) for shape, dtype in (
+        ((8, 1, 28, 28), torch.float32), ((20, 1, 28, 28), torch.uint8), ((20,), torch.int64)))
+    def step(method, *flags):
+        args = cli.parse(['--method', method, *flags])[0]
+        args.encoder = None
+        model = stages.network_of({'args': vars(args), 'data': {'shape': x.shape[1:], 'classes': range(10)}}, 'cpu')
+        model, objective, batch = model.to('meta').train(), stages.objective_of(args), (x,)
+        if method in ('query', 'scan'):
+            objective = functools.partial(objective, labelled=lambda: (x_l, y_l))
+        if method in ('classify', 'cluster'):
+            batch = x, y_l[:8]
+        loss, parts = objective(model, *batch, None)                      # without a generator: meta has none
+        loss.backward()
+        moved = [p for p in model.parameters() if p.requires_grad]
+        assert loss.device.type == 'meta' and all(v.device.type == 'meta' for v in parts.values())
+        assert moved and all(p.grad.device.type == 'meta' for p in moved), method
+    for method, flags in itertools.product(('ae', 'conv', 'simclr', 'classify', 'query', 'cluster', 'scan', 'vae'), (
+            (), ('--blur', '1', '--cutout', '0.3', '--noise', '0.1', '--jitter', '0.2'))):
+        taken = [f for f in zip(flags[::2], flags[1::2]) if method in cli.PER_METHOD[f[0][2:]]]
+        step(method, *itertools.chain(*taken), *(('--mixup', '0') if method in ('classify', 'cluster') else ()))
+    for f in (lambda: evaluate.ssim(x, x), lambda: evaluate.most_similar(x.flatten(1), x_l.flatten(1), 3)[0],
+              lambda: evaluate.knn(x_l.flatten(1), y_l, x.flatten(1), classes=10), lambda: losses.nt_xent(
+                  x.flatten(1), x.flatten(1), 0.2), lambda: evaluate.nearest(x.flatten(1), x.flatten(1))[1]):
+        assert f().device.type == 'meta'
+    with mock.patch.object(data, 'cutout', lambda x, size, g: x * torch.rand(28, 28)), raises(RuntimeError, 'device'):
+        step('simclr', '--cutout', '0.3')                                 # a tensor forgotten there is found
 
 
 # report.py ---------------------------------------------------------------------------------------------------
