@@ -2039,7 +2039,7 @@ def test_informative_queries_are_disagreements_and_small_margins_never_known_and
 
 def test_the_estimated_accuracy_is_right_though_most_queries_are_hard_ones_and_the_model_is_wrong():
     rng = np.random.default_rng(0)
-    n, estimates, naive = 20000, [], []
+    n, estimates, errors, naive = 20000, [], [], []
     conf = rng.beta(6, 1, n).clip(0.3, 0.999)
     agreed = rng.random(n) < conf
     odds = 0.7 * np.log(conf / (1 - conf)) + 1.5 * agreed - 1 - 2 * (conf > 0.95)        # no logistic function at all
@@ -2051,12 +2051,18 @@ def test_the_estimated_accuracy_is_right_though_most_queries_are_hard_ones_and_t
         asked = np.concatenate([audits, hard])
         surprises = torch.tensor(np.stack([conf[asked], agreed[asked], np.arange(len(asked)) < 60, right[asked]], 1),
                                  dtype=torch.float32)
-        estimates.append(labels.estimate_accuracy(probs, torch.tensor(agreed), surprises))
+        estimate, error = labels.estimate_accuracy(probs, torch.tensor(agreed), surprises)
+        estimates.append(estimate)
+        errors.append(error)
         naive.append(right[audits].mean())
     assert abs(np.mean(estimates) - right.mean()) < 0.02 and np.std(estimates) < np.std(naive)
     assert right.mean() - right[hard].mean() > 0.1 and abs(conf.mean() - right.mean()) > 0.04
+    assert 0.7 < np.mean(errors) / np.std(estimates) < 1.4
+    surprises[2:, 2] = 0                                                 # two audits, both right, prove little
+    surprises[:2, 3] = 1
+    assert labels.estimate_accuracy(probs, torch.tensor(agreed), surprises)[1] > 0.25
     surprises[:, 2] = 0
-    assert labels.estimate_accuracy(probs, torch.tensor(agreed), surprises) is None
+    assert labels.estimate_accuracy(probs, torch.tensor(agreed), surprises) == (None, None)
 
 
 def test_rounds_and_beliefs_are_kept_with_the_answers():
