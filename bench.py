@@ -474,8 +474,10 @@ def main(argv=None):
     try:
         old = json.loads(Path(args.compare).read_text())['rows'] if args.compare else None
         data.load(limit=20)
-    except (OSError, ValueError, KeyError) as e:
-        p.error(f'{args.compare or "Fashion-MNIST"}: {e}')
+    except (OSError, ValueError) as e:
+        p.error(e)
+    except (KeyError, TypeError):
+        p.error(f'{args.compare} was not written by --json')
     if args.processes:
         print(processes(args.processes, args.method, args.quick))
         return

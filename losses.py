@@ -78,7 +78,7 @@ class _NTXent(torch.autograd.Function):
                 p = log_p.exp_()
                 p[own, positive] -= 1
                 grad[rows] += p @ z
-                grad.addmm_(p.T, z[rows])                  # a row is also a column of the others
+                grad += p.T @ z[rows]                      # a row is also a column of the others
         ctx.save_for_backward(grad / (N * tau))
         return total / N
 

@@ -55,6 +55,7 @@ import scipy.optimize
 import scipy.spatial
 import torch
 
+import bench
 import cluster
 import clustering
 import data
@@ -3785,6 +3786,32 @@ def test_principal_components_are_those_of_the_singular_value_decomposition_on_e
         wanted, found = (U * S)[:, :2], evaluate.principal(h)
         assert found.shape == (N, 2) and (D > 1 or not found[:, 1].any())
         assert close(found[:, :wanted.shape[1]].abs(), np.abs(wanted), 1e-3)
+
+
+# bench.py ----------------------------------------------------------------------------------------------------
+
+def test_the_benchmark_counts_what_ran_and_compares_with_an_older_one():
+    with folder() as f:
+        done = subprocess.run([sys.executable, HERE / 'bench.py', '--quick', '--json', f / 'a.json', 'NT-Xent, B = 512',
+                               'NT-Xent, B = 1,024', 'NT-Xent, B = 2,048'], capture_output=True, text=True)
+        kept, out = json.loads((f / 'a.json').read_text()), done.stdout
+        rows = {row['part']: row for row in kept['rows']}
+        assert done.returncode == 0 and not done.stderr and len(rows) == 5 and all(part in out for part in rows)
+        product = rows['matrix product, float32']
+        assert product['flops'] == 2 * 4096 ** 3 and close(product['amount'], 2 * 4.096 ** 3, 1e-6)
+        assert rows['NT-Xent, B = 512']['flops'] == 3 * 2 * 1024 ** 2 * 128    # similarities, and twice their gradient
+        rate, each = product['flops'] / product['seconds'][0], rows['NT-Xent, B = 2,048']['seconds'][0]
+        share = f"{100 * 3 * 2 * 4096 ** 2 * 128 / each / rate:.0f} %"
+        line = next(line for line in out.splitlines() if line.startswith('NT-Xent, B = 2,048'))
+        assert share in line and re.search(r'NT-Xent: from 512 to 2,048 time grows as size\^[12]\.', out)
+        then = [{**row, 'seconds': [s * (2 if 'product' in row['part'] else 6) for s in row['seconds']]}
+                for row in kept['rows']]
+        line = next(line for line in bench.compared(kept['rows'], then).splitlines() if line.startswith('NT-Xent'))
+        assert line.split()[-2:] == ['0.17', '0.33']                      # on a machine twice as fast
+        (f / 'a.json').write_text('{}')
+        with contextlib.redirect_stderr(io.StringIO()) as err, raises(SystemExit, 2):
+            bench.main(['--compare', str(f / 'a.json')])
+        assert 'a.json was not written by --json' in err.getvalue()
 
 
 # --list, --export, --predict ---------------------------------------------------------------------------------
