@@ -62,13 +62,13 @@ def cross_entropy(logits, y, weight=None):
 
 
 class _NTXent(torch.autograd.Function):
-    """Mean over rows i of unit vectors z (2B, D) of -log softmax over k != i of (z_i z_k / tau) at k = i +- B. The
-    gradient is taken together with the loss, some rows of similarities at a time, so that no (2B, 2B) is kept."""
+    """Mean over rows i of unit vectors z (2B, D), those in `anchors`, of -log softmax over k != i of (z_i z_k / tau) at
+    k = i +- B. The gradient is taken with the loss, some rows of similarities at a time: no (2B, 2B) is kept."""
 
     @staticmethod
-    def forward(ctx, z, tau):
+    def forward(ctx, z, tau, anchors):
         N, total, grad = len(z), z.new_zeros(()), torch.zeros_like(z)
-        for rows in torch.arange(N, device=z.device).split(max(1, CHUNK // N)):
+        for rows in anchors.split(max(1, CHUNK // N)):
             own, positive = torch.arange(len(rows), device=z.device), (rows + N // 2) % N
             logits = z[rows] @ (z.T / tau)
             logits[own, rows] = float('-inf')
@@ -79,23 +79,26 @@ class _NTXent(torch.autograd.Function):
                 p[own, positive] -= 1
                 grad[rows] += p @ z
                 grad += p.T @ z[rows]                      # a row is also a column of the others
-        ctx.save_for_backward(grad / (N * tau))
-        return total / N
+        ctx.save_for_backward(grad / (len(anchors) * tau))
+        return total / len(anchors)
 
     @staticmethod
     def backward(ctx, above):
-        return above * ctx.saved_tensors[0], None
+        return above * ctx.saved_tensors[0], None, None
 
 
 @in_float32
-def nt_xent(z1, z2, tau):
+def nt_xent(z1, z2, tau, own=None):
     """Normalised temperature-scaled cross-entropy (arXiv 2002.05709, eq. 1): a mean over the 2B anchors.
 
     z1, z2 (B, D): projections of two views of the same B pictures, normalised here. Only an anchor's
     similarity with itself is masked; the positive stays in the denominator. log(2B - 1) when all rows
     are equal, whatever tau. Losses at different tau can't be compared. Memory: a chunk of similarities.
+    own: the ids (b,) of the pictures that are anchors here; None: all. Each process takes its own, and the mean over
+    the processes is that over all.
     """
-    return _NTXent.apply(F.normalize(torch.cat([z1, z2]), dim=1), tau)
+    own = torch.arange(len(z1), device=z1.device) if own is None else own
+    return _NTXent.apply(F.normalize(torch.cat([z1, z2]), dim=1), tau, torch.cat([own, own + len(z1)]))
 
 
 @in_float32

@@ -38,9 +38,11 @@ def variational(model, x, g, beta=1.0, likelihood='bernoulli'):
 
 
 def contrastive(model, x, g, tau=0.2, views=None):
-    """NT-Xent of two views of each picture; one forward pass for both. Negatives come from all processes."""
+    """NT-Xent of two views of each picture; one forward pass for both. Anchors are the pictures of this process,
+    negatives those of all."""
     z1, z2 = map(distributed.gather, model(data.augment(torch.cat([x, x]), views, g)).chunk(2))
-    return losses.nt_xent(z1, z2, tau), {'chance': x.new_tensor(math.log(max(1, 2 * len(z1) - 1)))}
+    own = torch.arange(len(x), device=x.device) + (len(x) * distributed.rank() if len(z1) > len(x) else 0)
+    return losses.nt_xent(z1, z2, tau, own), {'chance': x.new_tensor(math.log(max(1, 2 * len(z1) - 1)))}
 
 
 def classification(model, x, y, g, views=None, mixup=0.0):
