@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
 import data
+from runs import progress
 
 CHUNK = 1 << 24                                     # floats in the largest temporary matrix (64 MiB)
 
@@ -21,8 +22,12 @@ def in_chunks(f, x, size=None, ids=None, device=None):
     (None: where they are), `size` at once: by default 1000, fewer where pictures are large."""
     size = size or min(1000, 1 + (1 << 22) // math.prod(x.shape[1:]))
     ids = torch.arange(len(x)) if ids is None else ids
-    parts = (x[part] for part in ids.split(size))
-    return torch.cat([f(data.to_float(part if device is None else part.to(device))) for part in parts])
+    out, at = [], progress('pictures', len(ids))
+    for i, part in enumerate(ids.split(size)):
+        rows = x[part]
+        out.append(f(data.to_float(rows if device is None else rows.to(device))))
+        at((i + 1) * size)
+    return torch.cat(out)
 
 
 # ---------------------------------------------------------------------------------- image quality
@@ -93,11 +98,13 @@ def kmeans(x, k, restarts=10, iterations=100, tol=1e-4, seed=0, centres=None):
         raise ValueError(f'k-means was asked for {k} clusters of {len(x)} points')
     x = x.float()
     limit = tol * x.var(0, unbiased=False).mean()
-    best = None
-    for r in range(1 if centres is not None else restarts):
+    best, restarts = None, 1 if centres is not None else restarts
+    at = progress('k-means, sooner if it settles', restarts * iterations)
+    for r in range(restarts):
         g = data.generator(x.device, seed, 'kmeans', r)
         c = centres.to(x) if centres is not None else _kmeans_plus_plus(x, k, g)
-        for _ in range(iterations):
+        for i in range(iterations):
+            at(r * iterations + i)
             old, (index, dist) = c, nearest(x, c)
             c = _centroids(x, index, dist, k)
             if (c - old).square().sum() <= limit:
@@ -106,6 +113,7 @@ def kmeans(x, k, restarts=10, iterations=100, tol=1e-4, seed=0, centres=None):
         inertia = dist.sum().item()
         if best is None or inertia < best[2]:
             best = index, c, inertia
+    at(restarts * iterations)
     return best
 
 
@@ -220,11 +228,12 @@ def knn(x_train, y_train, x_test, k=20, tau=0.07, classes=None):
     """
     k = min(k, len(x_train))
     bank = F.normalize(x_train.float(), dim=1).T
-    classes, votes = classes or int(y_train.max()) + 1, []
+    classes, votes, at = classes or int(y_train.max()) + 1, [], progress('kNN', len(x_test))
     for part in F.normalize(x_test.float(), dim=1).split(max(1, CHUNK // len(x_train))):
         s, i = (part @ bank).topk(k, dim=1)
         vote = torch.zeros(len(part), classes, device=part.device)
         votes.append(vote.scatter_add_(1, y_train[i], (s / tau).exp()).argmax(1))
+        at(sum(map(len, votes)))
     return torch.cat(votes)
 
 
@@ -235,12 +244,14 @@ def linear_probe(x_train, y_train, x_val, y_val, x_test, l2s=(1e-3, 1e-2, 1e-1, 
     validation rows; then the probe is fitted anew on both. All of these labels count as used.
     """
     K = int(torch.cat([y_train, y_val]).max()) + 1
-    scores = []
+    scores, at = [], progress('linear probe', len(l2s) + 1)
     for l2 in l2s if len(x_val) else l2s[1:2]:
         pred = logistic_regression(x_train, y_train, K, l2)(x_val).argmax(1) if len(x_val) else y_val
         scores.append(((pred == y_val).float().mean().item(), l2))
+        at(len(scores))
     l2 = max(scores)[1]
     predict = logistic_regression(torch.cat([x_train, x_val]), torch.cat([y_train, y_val]), K, l2)
+    at(len(l2s) + 1)
     return predict(x_test), l2
 
 

@@ -261,9 +261,7 @@ def build(method, net, shape, width=1.0, latent=64):
         return Autoencoder(Encoder(net, shape, width, latent), ConvDecoder(latent, shape, width))
     if method == 'vae':
         return VAE(Encoder(net, shape, width, 2 * latent), ConvDecoder(latent, shape, width))
-    if method in ('simclr', 'random'):
-        return SimCLR(Encoder(net, shape, width))
-    raise ValueError(f'{method} trains no network')
+    return SimCLR(Encoder(net, shape, width))
 
 
 def size(model):

@@ -23,6 +23,14 @@ def png(picture):
             + chunk(b'IEND', b''))
 
 
+def read_png(path):
+    """The picture that write_png wrote."""
+    blob = Path(path).read_bytes()
+    W, H, _, kind = struct.unpack('>IIBB', blob[16:26])
+    rows = np.frombuffer(zlib.decompress(blob[41:-16]), np.uint8).reshape(H, -1)[:, 1:]    # one chunk, filter type 0
+    return rows.reshape(H, W, 3) if kind == 2 else rows
+
+
 def write_png(path, picture):
     """Write (H, W) or (H, W, 3) uint8 as a PNG file."""
     runs.write_atomic(path, png(picture))
