@@ -3805,12 +3805,13 @@ class Board:
 
 def test_tensorboard_gets_the_numbers_pictures_and_features_of_a_run_or_says_how_to_get_it():
     with folder() as cwd:
+        done = finished('simclr')
         write_npz(cwd / 'tiny.npz', **arrays(H=12, C=3))
         y = [str(k) for k in arrays(H=12, C=3)['y_test']]
         without = mock.patch.dict(sys.modules, {'torch.utils.tensorboard': None, 'tensorboard': None})
         with without, mock.patch.object(data, 'load', side_effect=AssertionError('work was started')):
             refused(*tiny('ae', '--tensorboard'), cwd=cwd, said=['pip install tensorboard'])
-            refused('--evaluate', finished('simclr'), '--tensorboard', cwd=cwd, said=['pip install tensorboard'])
+            refused('--evaluate', done, '--tensorboard', cwd=cwd, said=['pip install tensorboard'])
         assert [p.name for p in cwd.iterdir()] == ['tiny.npz']
         fake = mock.patch.dict(sys.modules, {'torch.utils.tensorboard': mock.Mock(SummaryWriter=Board)})
         for method, pngs in ('simclr', 'views'), ('vae', 'reconstructions samples interpolation'), ('scan', ''):
