@@ -180,7 +180,8 @@ else:
         flag(g, '--data', 'folder of IDX files, of STL-10\'s or of CIFAR-10\'s binary files, or an .npz with x_train '
              'and, optionally, y_train, x_test, y_test', type=path, metavar='PATH')
         flag(g, '--dataset', 'instead of --data: fashion-mnist, stl10 or cifar10, sought in data/ and downloaded if it '
-             'is not there (default: fashion-mnist)', type=choice('fashion-mnist', 'stl10', 'cifar10'), metavar='NAME')
+             'is not there (default: fashion-mnist)', metavar='NAME',
+             type=choice('fashion-mnist', 'stl10', 'cifar10'))
         flag(g, '--limit', 'use only the first N training pictures; those with labels come first',
              type=number(int, 20, 10**9), metavar='N')
         flag(g, '--val', 'training pictures kept for validation, a tenth of all at most', type=count, metavar='N')

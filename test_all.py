@@ -3938,6 +3938,75 @@ def test_predictions_are_those_of_the_model_for_npz_and_idx_files():
         refused('--predict', 'runs/none', f / 'x.npz', said=['runs/none'])
 
 
+# README.md ---------------------------------------------------------------------------------------------------
+
+def apply(diff, there):
+    """Apply a unified diff to the files of a folder: the counts of its hunks are right, and what they change, with its
+    context, is in one place of the file, whatever its line numbers."""
+    for part in re.split(r'^--- a/', diff, flags=re.M)[1:]:
+        path = there / part.split('\n')[0]
+        hunks = re.split(r'^@@ -\d+,(\d+) \+\d+,(\d+) @@.*\n', part, flags=re.M)[1:]
+        for *sizes, body in zip(*[iter(hunks)] * 3):
+            lines = [line if line.strip() else ' \n' for line in body.splitlines(keepends=True)]
+            old, new = ([line[1:] for line in lines if line[0] in ' ' + kind] for kind in '-+')
+            assert [len(old), len(new)] == [int(n) for n in sizes], body
+            assert path.read_text().count(''.join(old)) == 1, f'{path.name} has not once:\n{"".join(old)}'
+            path.write_text(path.read_text().replace(''.join(old), ''.join(new)))
+
+
+def test_each_change_that_the_readme_shows_is_small_applies_and_works():
+    tour = re.findall(r'```diff\n(.*?)```\n+    python ssl.py (.*?)\n', (HERE / 'README.md').read_text(), re.S)
+    small = '--epochs 1 --batch-size 60 --no-amp --perplexity 0'.split()
+    more = {'vae': [*small, '--width', 0.1, '--latent', 4], 'simclr': small, 'pixels': ['--perplexity', 0],
+            'barlow': [*small, '--width', 0.1]}
+    with folder() as cwd, contextlib.ExitStack() as stack:
+        write_npz(cwd / 'tiny.npz')
+        (cwd / 'data' / 'kmnist').mkdir(parents=True)
+        for key, name in data.IDX_NAMES.items():
+            data.write_idx(cwd / 'data' / 'kmnist' / name, arrays(K=10)[key].astype(np.uint8))
+        started = []
+        for i, (diff, words) in enumerate(tour):
+            changed = re.findall(r'^(?:[+](?![+][+])|-(?!--))', diff, re.M)
+            assert 0 < len(changed) < 20, diff
+            there = cwd / f'copy{i}'
+            there.mkdir()
+            for path in [*HERE.glob('*.py'), HERE / 'page.html']:
+                shutil.copy(path, there)
+            apply(diff, there)
+            method = words.split()[1]
+            source = [] if '--dataset' in words else ['--data', 'tiny.npz']
+            started.append(python(there / 'ssl.py', *words.split(), *more[method], *source, '--name', method, cwd=cwd))
+            stack.callback(started[-1].kill)
+        for process in started:
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0 and not err, (process.args, err)
+        def run_of(method):                                               # what is checked, with what is known here
+            there = cwd / 'runs' / method
+            return runs.read_config(there), measured(there), runs.read_log(there)
+        x_val = data.to_float(data.load(cwd / 'tiny.npz').x_train[data.split(120, 5000, 0)[1]])
+        g = data.generator('cpu', 0, 'val', 0)
+        config, _, rows = run_of('vae')
+        vae = stages.load_model(cwd / 'runs/vae', config, torch.device('cpu')).eval()
+        with torch.no_grad():
+            mean = torch.sigmoid(vae(x_val, g)[0])
+        laplace = torch.distributions.Laplace(mean, 0.5).log_prob(x_val)
+        assert close(rows[-1]['recon'], -laplace.flatten(1).sum(1).mean(), 1e-4)
+        assert run_of('simclr')[1]['features'] == 256 and run_of('simclr')[0]['args']['net'] == 'convmixer'
+        config, m, _ = run_of('pixels')
+        assert config['data']['classes'] == 'o ki su tsu na ha ma ya re wo'.split() and m['features'] == 120
+        config, m, rows = run_of('barlow')
+        assert config['args']['crop'] == 0.3 and 'tau' not in config['args'] and m['epochs'] == 1
+        net = nets.build('simclr', 'resnet', (1, 10, 12), 0.1).eval()
+        net.load_state_dict(runs.load_checkpoint(cwd / 'runs/barlow/checkpoint.pt')['model'])
+        views = data.augment(torch.cat([x_val, x_val]), data.Views(), data.generator('cpu', 0, 'val', 0))
+        with torch.no_grad():
+            z = net(views).double().numpy()
+        c = np.corrcoef(z[:len(x_val)].T, z[len(x_val):].T)[:z.shape[1], z.shape[1]:]
+        off = c - np.diag(np.diag(c))
+        assert close(rows[-1]['val_loss'], ((1 - np.diag(c)) ** 2).sum() + 0.005 * (off ** 2).sum(), 1e-3)
+        assert (cwd / 'runs/barlow/views.png').exists()
+
+
 # -------------------------------------------------------------------------------------------------------------
 
 def main(words):
