@@ -218,6 +218,20 @@ def finished(method):
     return home() / 'runs' / method
 
 
+@contextlib.contextmanager
+def modules(**stand_ins):
+    """Modules by name, '_' for '.', stand in for those of Python, None for none; what else is imported stays."""
+    stand_ins = {name.replace('_', '.'): module for name, module in stand_ins.items()}
+    before = {name: sys.modules[name] for name in stand_ins if name in sys.modules}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
 def posix():
     if os.name != 'posix':
         raise unittest.SkipTest('signals, locks and file-size limits are POSIX')
@@ -3808,15 +3822,13 @@ def test_tensorboard_gets_the_numbers_pictures_and_features_of_a_run_or_says_how
         done = finished('simclr')
         write_npz(cwd / 'tiny.npz', **arrays(H=12, C=3))
         y = [str(k) for k in arrays(H=12, C=3)['y_test']]
-        without = mock.patch.dict(sys.modules, {'torch.utils.tensorboard': None, 'tensorboard': None})
-        with without, mock.patch.object(data, 'load', side_effect=AssertionError('work was started')):
+        with modules(torch_utils_tensorboard=None), mock.patch.object(data, 'load', side_effect=AssertionError('work')):
             refused(*tiny('ae', '--tensorboard'), cwd=cwd, said=['pip install tensorboard'])
             refused('--evaluate', done, '--tensorboard', cwd=cwd, said=['pip install tensorboard'])
         assert [p.name for p in cwd.iterdir()] == ['tiny.npz']
-        fake = mock.patch.dict(sys.modules, {'torch.utils.tensorboard': mock.Mock(SummaryWriter=Board)})
         for method, pngs in ('simclr', 'views'), ('vae', 'reconstructions samples interpolation'), ('scan', ''):
             there, more = cwd / 'runs' / method, ['--perplexity', 0]
-            with fake:
+            with modules(torch_utils_tensorboard=mock.Mock(SummaryWriter=Board)):
                 code, _, err = run(*tiny(method, '--tensorboard', *more), cwd=cwd)
                 assert code == 0 and not err and (there / 'tensorboard').is_dir()
                 first = Board.last
@@ -4005,6 +4017,43 @@ def test_each_change_that_the_readme_shows_is_small_applies_and_works():
         off = c - np.diag(np.diag(c))
         assert close(rows[-1]['val_loss'], ((1 - np.diag(c)) ** 2).sum() + 0.005 * (off ** 2).sum(), 1e-3)
         assert (cwd / 'runs/barlow/views.png').exists()
+
+
+def test_the_code_of_the_notebook_runs_as_plain_python_and_its_pictures_are_inside():
+    book, seen = json.loads((HERE / 'tour.ipynb').read_text()), []
+    code = [''.join(cell['source']) for cell in book['cells'] if cell['cell_type'] == 'code']
+    assert len(code) > 5 and all('outputs' in cell for cell in book['cells'] if cell['cell_type'] == 'code')
+    stored = [out['data']['image/png'] for cell in book['cells'] for out in cell.get('outputs', ()) if 'data' in out]
+    with folder() as cwd:
+        for i, picture in enumerate(stored):
+            (cwd / f'{i}.png').write_bytes(base64.b64decode(picture))
+            assert read_png(cwd / f'{i}.png').std() > 10
+        for key, name in data.IDX_NAMES.items():
+            data.write_idx(cwd / name, arrays(200, H=14, W=14, K=10)[key].astype(np.uint8))
+        space, out = {'__name__': '__main__'}, io.StringIO()
+        with mock.patch.object(data, 'find_fashion_mnist', return_value=cwd), contextlib.redirect_stdout(out), \
+                modules(IPython_display=None), \
+                mock.patch.object(report, 'png', lambda picture, real=report.png: seen.append(real(picture))):
+            for cell in code:
+                exec(compile(cell, 'tour.ipynb', 'exec'), space)
+    said = out.getvalue()
+    by_hand, ours = map(float, re.search(r'by hand ([\d.]+), losses.nt_xent ([\d.]+)', said).groups())
+    losses_said = [float(v) for v in re.findall(r'epoch \d: loss ([\d.]+)', said)]
+    assert abs(by_hand - ours) < 1e-5 and losses_said[3] < losses_said[0] and losses_said[7] < losses_said[4]
+    assert len(seen) == len(stored) == 4 and all(blob.startswith(b'\x89PNG') for blob in seen)
+    assert re.search(r'SimCLR: 64 features, ACC [\d.]+, NMI', said) and re.search(r'autoencoder: MSE [\d.]+, SS', said)
+
+
+def test_the_snippet_that_made_the_picture_of_the_readme_runs():
+    code, = re.findall(r'```python\n(.*?)```', (HERE / 'README.md').read_text(), re.S)
+    with folder() as cwd, inside(cwd), mock.patch.object(data, 'find_fashion_mnist', return_value=cwd):
+        for method in 'conv', 'scan':
+            shutil.copytree(finished(method), cwd / 'runs' / f'full-{method}-seed=0')
+        for key, name in data.IDX_NAMES.items():
+            data.write_idx(cwd / name, arrays()[key].astype(np.uint8))
+        exec(compile(code, 'README.md', 'exec'), {})
+        assert read_png(cwd / 'pictures.png').shape == (2 + 14 * 12, 2 + 20 * 14)
+    assert read_png(HERE / 'pictures.png').shape == (2 + 14 * 30, 2 + 20 * 30)
 
 
 # -------------------------------------------------------------------------------------------------------------
