@@ -78,8 +78,9 @@ def search(args, typed, run):
     for i, setting in enumerate(settings(args.over, args.search, args.seed)):
         name = f'{args.name}-{i:02}'
         own = argparse.Namespace(**{**base, **setting, 'name': name})
-        run(own, {**plain, **setting}, Trial(Path('runs') / name, [t['curve'] for t in trials], by_loss))
-        curve = Trial(Path('runs') / name, (), by_loss).curve
+        trial = Trial(Path('runs') / name, [t['curve'] for t in trials], by_loss)
+        run(own, {**plain, **setting}, trial)
+        curve = trial.curve
         trials.append({'name': name, 'setting': setting, 'curve': curve,
                        'stopped': len(curve) < getattr(own, 'epochs', 0)})
         print(f'{name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in setting.items())

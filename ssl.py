@@ -236,7 +236,6 @@ else:
         flag(g, '--freeze', 'train only the head; the encoder keeps every bit', action=argparse.BooleanOptionalAction)
         flag(g, '--head', 'linear, or mlp of two layers', type=choice('linear', 'mlp'))
         flag(g, '--mixup', 'alpha of mixup; 0 is none', type=number(float, 0, 100), metavar='ALPHA')
-
         flag(g, '--sam', 'radius of sharpness-aware minimisation; 0 is none, else twice the time',
              type=number(float, 0, 100), metavar='RHO')
 
