@@ -299,8 +299,8 @@ else:
         if 'data' in typed and 'dataset' in typed:
             parser.error('--data and --dataset exclude each other; a --data folder is known by its files')
         if method is None and command is None:
-            parser.error('say what to do; python ssl.py --method ae trains and measures an autoencoder in 20 seconds '
-                         '(--help lists the rest)')
+            parser.error('say what to do; python ssl.py --method ae trains and measures an autoencoder in half a '
+                         'minute (--help lists the rest)')
         for key in {'net', 'width'} & set(typed) if 'encoder' in typed else ():
             parser.error(f'--{key} is that of the --encoder run; leave it out')
         for key in typed:
