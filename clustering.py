@@ -158,9 +158,8 @@ def score(run, args, ds, model, device, seconds):
 def voting(encode, h, pred, args):
     """Function from float pictures to (B, K + D): how their nearest training pictures, by features h (N, D), are
     assigned, as shares, beside the features: what an assignment says of pictures it has not seen."""
-    bank, k = F.normalize(h, dim=1), min(args.neighbours, len(h))
     def answer(x):
         own = encode(x)
-        near = (F.normalize(own, dim=1) @ bank.T).topk(k, dim=1).indices
+        near = evaluate.most_similar(own, h, args.neighbours)[1]
         return torch.cat([F.one_hot(pred[near], args.clusters).float().mean(1), own], 1)
     return answer

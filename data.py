@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def read_idx(path):
         found = 'more' if len(body) > wanted else f'only {len(body):,}'
         raise ValueError(f'{path} holds {found} bytes of data; wanted {wanted:,} for shape {shape}')
     try:
-        return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder('='))
+        return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder('='), copy=False)
     except ValueError:                                  # no values, but sizes too large for any array
         raise ValueError(f'{path} announces shape {shape}, which no array can have') from None
 
@@ -105,12 +106,21 @@ class Dataset:
     x_test: torch.Tensor | formats.Mapped | None
     y_test: torch.Tensor | None
     classes: list
-    digest: str                                        # SHA-256 of all pictures; labels don't count
     folds: list = field(default_factory=list)          # predefined subsets of the training pictures, as ids
 
     @property
     def shape(self):
         return tuple(self.x_train.shape[1:])
+
+    @cached_property
+    def digest(self):
+        """SHA-256 of all pictures; labels don't count."""
+        sha = hashlib.sha256()
+        for t in (self.x_train, self.x_test):
+            sha.update(b'none' if t is None else str(tuple(t.shape)).encode())
+            for start in range(0, 0 if t is None else len(t), 1000):           # never all of a memory map at once
+                sha.update(t[start:start + 1000].numpy())
+        return sha.hexdigest()
 
     def labelled(self, ids=None):
         """Those of the ids, by default all, of training pictures that have a label."""
@@ -231,13 +241,8 @@ def _dataset(name, arrays, classes=None):
     if classes is None:
         top = max([int(y.max()) + 1 for y in (y_train, y_test) if y is not None], default=0)
         classes = [str(k) for k in range(top)]
-    sha = hashlib.sha256()
-    for t in (x_train, x_test):
-        sha.update(b'none' if t is None else str(tuple(t.shape)).encode())
-        for start in range(0, 0 if t is None else len(t), 1000):               # never all of a memory map at once
-            sha.update(t[start:start + 1000].numpy())
     folds = [ids[ids < len(x_train)] for ids in arrays.get('folds', ())]
-    return Dataset(name, x_train, y_train, x_test, y_test, classes, sha.hexdigest(), folds)
+    return Dataset(name, x_train, y_train, x_test, y_test, classes, folds)
 
 
 def _pictures(what, x, least):

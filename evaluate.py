@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 import data
 from runs import progress
 
-CHUNK = 1 << 24                                     # floats in the largest temporary matrix (64 MiB)
+CHUNK = 1 << 23                                     # floats in the largest temporary matrix (32 MiB)
 
 
 @torch.no_grad()
@@ -75,15 +75,16 @@ def reconstruction(reconstruct, x, ids=None, device=None):
 
 # ---------------------------------------------------------------------------------------- k-means
 
-def nearest(x, centres):
-    """(index of the nearest centre, squared distance to it) for each row of x (N, D)."""
-    index, dist = [], []
-    bias = centres.square().sum(1)
+def nearest(x, centres, squares=None):
+    """(index of the nearest centre, squared distance to it) for each row of x (N, D); squares (N,) are those of the
+    rows' lengths, if they are known."""
+    index, dist, bias = [], [], centres.square().sum(1)
     for part in x.split(max(1, CHUNK // len(centres))):
         d, i = torch.addmm(bias, part, centres.T, alpha=-2).min(1)          # |x|^2 is the same for all
         index.append(i)
-        dist.append((d + part.square().sum(1)).clamp_(min=0))
-    return torch.cat(index), torch.cat(dist)
+        dist.append(d)
+    squares = torch.linalg.vector_norm(x, dim=1).square() if squares is None else squares
+    return torch.cat(index), torch.cat(dist).add_(squares).clamp_(min=0)
 
 
 def kmeans(x, k, restarts=10, iterations=100, tol=1e-4, seed=0, centres=None):
@@ -97,7 +98,8 @@ def kmeans(x, k, restarts=10, iterations=100, tol=1e-4, seed=0, centres=None):
     if not 1 <= k <= len(x):
         raise ValueError(f'k-means was asked for {k} clusters of {len(x)} points')
     x = x.float()
-    limit = tol * x.var(0, unbiased=False).mean()
+    squares = torch.linalg.vector_norm(x, dim=1).square()
+    limit = tol * (squares.mean() - x.mean(0).square().sum()).clamp(min=0) / x.shape[1]    # mean variance
     best, restarts = None, 1 if centres is not None else restarts
     at = progress('k-means, sooner if it settles', restarts * iterations)
     for r in range(restarts):
@@ -105,11 +107,11 @@ def kmeans(x, k, restarts=10, iterations=100, tol=1e-4, seed=0, centres=None):
         c = centres.to(x) if centres is not None else _kmeans_plus_plus(x, k, g)
         for i in range(iterations):
             at(r * iterations + i)
-            old, (index, dist) = c, nearest(x, c)
+            old, (index, dist) = c, nearest(x, c, squares)
             c = _centroids(x, index, dist, k)
             if (c - old).square().sum() <= limit:
                 break
-        index, dist = nearest(x, c)
+        index, dist = nearest(x, c, squares)
         inertia = dist.sum().item()
         if best is None or inertia < best[2]:
             best = index, c, inertia
@@ -143,9 +145,12 @@ def _centroids(x, index, dist, k):
     """Mean of each cluster; an empty one takes the farthest point, each a different one."""
     count = torch.bincount(index, minlength=k)
     total = torch.zeros(k, x.shape[1], device=x.device)
-    step = max(1, CHUNK // k)
-    for part, i in zip(x.split(step), index.split(step)):                   # one-hot product: deterministic
-        total += F.one_hot(i, k).to(x.dtype).T @ part
+    if x.device.type == 'cpu':
+        total.index_add_(0, index, x)
+    else:                                           # there index_add_ adds in any order; a one-hot product doesn't
+        step = max(1, CHUNK // k)
+        for part, i in zip(x.split(step), index.split(step)):
+            total += F.one_hot(i, k).to(x.dtype).T @ part
     centres = total / count.clamp(min=1).unsqueeze(1)
     empty = (count == 0).nonzero().flatten()
     if len(empty):
@@ -221,20 +226,36 @@ def f1(confusion):
 
 # -------------------------------------------------------------------------------- labelled probes
 
+def most_similar(x, bank, k):
+    """(cosine similarities (N, k), descending, and rows) of the k rows of bank (M, D) most similar to each of x (N, D).
+
+    Each similarity row is cut into blocks of 64: the k largest lie in the k blocks of largest maximum, so that only
+    those are sorted.
+    """
+    bank, M, k = F.normalize(bank.float(), dim=1).T, len(bank), min(k, len(bank))
+    whole, found = M - M % 64, []
+    room = torch.empty(min(len(x), max(1, CHUNK // M)), M, device=x.device)           # one, used again and again
+    at = progress('nearest neighbours', len(x))
+    for part in F.normalize(x.float(), dim=1).split(len(room)):
+        s, rest = torch.mm(part, bank, out=room[:len(part)]).split((whole, M - whole), dim=1)
+        blocks = s.unflatten(1, (whole // 64, 64))
+        best = blocks.amax(2).topk(min(k, whole // 64), dim=1, sorted=False).indices.unsqueeze(2)
+        rows = (64 * best + torch.arange(64, device=x.device)).flatten(1)
+        rows = torch.cat([rows, torch.arange(whole, M, device=x.device).expand(len(part), -1)], 1)
+        s, i = torch.cat([blocks.gather(1, best.expand(-1, -1, 64)).flatten(1), rest], 1).topk(k, dim=1)
+        found.append((s, rows.gather(1, i)))
+        at(sum(len(s) for s, _ in found))
+    return tuple(map(torch.cat, zip(*found)))
+
+
 def knn(x_train, y_train, x_test, k=20, tau=0.07, classes=None):
     """Class of each test row by a vote of its k nearest training rows: (N,) int64.
 
     Cosine similarity s, votes weighted exp(s / tau) (arXiv 1805.01978, section 3.4).
     """
-    k = min(k, len(x_train))
-    bank = F.normalize(x_train.float(), dim=1).T
-    classes, votes, at = classes or int(y_train.max()) + 1, [], progress('kNN', len(x_test))
-    for part in F.normalize(x_test.float(), dim=1).split(max(1, CHUNK // len(x_train))):
-        s, i = (part @ bank).topk(k, dim=1)
-        vote = torch.zeros(len(part), classes, device=part.device)
-        votes.append(vote.scatter_add_(1, y_train[i], (s / tau).exp()).argmax(1))
-        at(sum(map(len, votes)))
-    return torch.cat(votes)
+    s, i = most_similar(x_test, x_train, k)
+    vote = torch.zeros(len(s), classes or int(y_train.max()) + 1, device=s.device)
+    return vote.scatter_add_(1, y_train[i], (s / tau).exp()).argmax(1)
 
 
 def linear_probe(x_train, y_train, x_val, y_val, x_test, l2s=(1e-3, 1e-2, 1e-1, 1.0)):

@@ -211,7 +211,8 @@ def pick_informative(n, probs, h, taken, known, y, seed):
 
 
 def estimate_accuracy(probs, agreed, surprises):
-    """Accuracy of the predictions over all pictures, without a label but those that were asked for anyway.
+    """(accuracy of the predictions over all pictures, its standard error), without a label but those that were asked
+    for anyway.
 
     A difference estimator (Saerndal et al. 1992, section 6.3): how often a guess is right is modelled as a logistic
     function of the log odds of its confidence and of whether the neighbours agreed, fitted on all answers; the
@@ -221,13 +222,14 @@ def estimate_accuracy(probs, agreed, surprises):
     """
     audit, right = surprises[:, 2] > 0, surprises[:, 3].long()
     if not audit.any():
-        return None
+        return None, None
     def features(confidence, agreed):
         p = confidence.double().clamp(1e-4, 1 - 1e-4)
         odds, agreed = (p / (1 - p)).log(), agreed.double()
         return torch.stack([odds, agreed, odds * agreed], 1)
     asked = features(surprises[:, 0], surprises[:, 1])
     model = evaluate.logistic_regression(asked, right, 2, l2=1e-2)
-    error = (right - model(asked).softmax(1)[:, 1])[audit].mean()
+    off, n = (right - model(asked).softmax(1)[:, 1])[audit], int(audit.sum())
+    error = ((off - off.mean()).square().sum() + 2 * 0.25) / (n + 1) / n
     mean = model(features(probs.max(1).values.cpu(), agreed.cpu())).softmax(1)[:, 1].mean()
-    return (mean + error).clamp(0, 1).item()
+    return (mean + off.mean()).clamp(0, 1).item(), error.sqrt().item()

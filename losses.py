@@ -5,6 +5,8 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
+CHUNK = 1 << 20                                     # similarities at once: 4 MiB stay in a cache
+
 
 def in_float32(loss):
     """Decorator: run a loss with autocast off and its tensors as float32 (half precision rounds too much)."""
@@ -59,19 +61,41 @@ def cross_entropy(logits, y, weight=None):
     return (F.cross_entropy(logits, y, reduction='none') * weight).mean()
 
 
+class _NTXent(torch.autograd.Function):
+    """Mean over rows i of unit vectors z (2B, D) of -log softmax over k != i of (z_i z_k / tau) at k = i +- B. The
+    gradient is taken together with the loss, some rows of similarities at a time, so that no (2B, 2B) is kept."""
+
+    @staticmethod
+    def forward(ctx, z, tau):
+        N, total, grad = len(z), z.new_zeros(()), torch.zeros_like(z)
+        for rows in torch.arange(N, device=z.device).split(max(1, CHUNK // N)):
+            own, positive = torch.arange(len(rows), device=z.device), (rows + N // 2) % N
+            logits = z[rows] @ (z.T / tau)
+            logits[own, rows] = float('-inf')
+            log_p = logits.log_softmax(1)
+            total -= log_p[own, positive].sum()
+            if ctx.needs_input_grad[0]:                    # of the sum by the logits: p - [k is the positive]
+                p = log_p.exp_()
+                p[own, positive] -= 1
+                grad[rows] += p @ z
+                grad += p.T @ z[rows]                      # a row is also a column of the others
+        ctx.save_for_backward(grad / (N * tau))
+        return total / N
+
+    @staticmethod
+    def backward(ctx, above):
+        return above * ctx.saved_tensors[0], None
+
+
 @in_float32
 def nt_xent(z1, z2, tau):
     """Normalised temperature-scaled cross-entropy (arXiv 2002.05709, eq. 1): a mean over the 2B anchors.
 
     z1, z2 (B, D): projections of two views of the same B pictures, normalised here. Only an anchor's
     similarity with itself is masked; the positive stays in the denominator. log(2B - 1) when all rows
-    are equal, whatever tau. Losses at different tau can't be compared.
+    are equal, whatever tau. Losses at different tau can't be compared. Memory: a chunk of similarities.
     """
-    B = len(z1)
-    z = F.normalize(torch.cat([z1, z2]), dim=1)
-    logits = (z @ z.T / tau).fill_diagonal_(float('-inf'))
-    positive = torch.arange(2 * B, device=z.device).roll(B)
-    return F.cross_entropy(logits, positive)
+    return _NTXent.apply(F.normalize(torch.cat([z1, z2]), dim=1), tau)
 
 
 @in_float32

@@ -111,7 +111,7 @@ class Asking:
         self.pool = ds.labelled() if args.oracle == 'data' else torch.arange(len(ds.x_train))    # what can be asked
         self.labelled = None
         self.encode = stages.representation(args, model, None, device)[0]
-        self.done, self.began, self.ahead, self.more = 0, 0.0, 0, True
+        self.done, self.began, self.ahead, self.more, self.error = 0, 0.0, 0, True, None
         if distributed.rank() == 0:
             reveal = ds.y_train.__getitem__ if args.oracle == 'data' else None
             def database():
@@ -183,8 +183,8 @@ class Asking:
             ids, agreed = labels.pick_informative(n - len(drawn), probs, h, torch.cat([taken, drawn]), known, y,
                                                   f'{args.seed} round {now}')
             ids = torch.cat([drawn, ids])
-            estimate = labels.estimate_accuracy(probs, agreed, self.paid.surprises(now - 5))
-            if args.until is not None and estimate is not None and estimate >= args.until:
+            estimate, self.error = labels.estimate_accuracy(probs, agreed, self.paid.surprises(now - 5))
+            if args.until is not None and estimate is not None and estimate - self.error >= args.until:
                 ids = ids[:0]
             sure, guess = probs[ids].max(1)
             beliefs = [(*belief, int(i < len(drawn))) for i, belief in enumerate(
@@ -208,7 +208,8 @@ class Asking:
         print(f'round {now}: {given} asked, ' + (f'{skipped} skipped, ' if skipped else '')
               + f'{self.paid.spent} of {args.budget} spent, by class {each}'
               + (f', {100 * wrong:.0f} % of them had been wrong' if wrong is not None else '')
-              + (f', estimated accuracy {100 * estimate:.1f} %' if estimate is not None else '')
+              + (f', estimated accuracy {100 * estimate:.1f}' if estimate is not None else '')
+              + (f' +- {100 * self.error:.1f}' if self.error is not None else '') + ' %' * (estimate is not None)
               + (f', about {runs.clock(seconds / (epoch - 1) * left)} left' if now else ''), flush=True)
 
 

@@ -247,7 +247,7 @@ else:
         flag(g, '--classes', 'what the classes are called; needed where no labels of the data tell', type=names,
              metavar='A,B,C')
         flag(g, '--budget', 'how many labels to pay for at most', type=count, metavar='N')
-        flag(g, '--until', 'stop asking when the accuracy, estimated from the answers, reaches this share',
+        flag(g, '--until', 'stop asking when the accuracy, estimated from the answers, is so high by a standard error',
              type=number(float, 0, 1, above=True), metavar='X')
         flag(g, '--audit', 'share of the queries drawn at random, from which the accuracy is estimated', type=share,
              metavar='X')

@@ -55,6 +55,7 @@ import scipy.optimize
 import scipy.spatial
 import torch
 
+import bench
 import cluster
 import clustering
 import data
@@ -501,11 +502,14 @@ def test_training_stops_early_by_patience_and_min_delta():
 # cluster.py -------------------------------------------------------------------------------------------------
 
 def test_neighbours_are_the_nearest_by_cosine_without_the_picture_itself():
-    h = randn(70, 5, seed=1)
-    cosine = 1 - scipy.spatial.distance.cdist(h.numpy(), h.numpy(), 'cosine')
-    np.fill_diagonal(cosine, -2)
-    with mock.patch.object(evaluate, 'CHUNK', 1000):
-        assert cluster.neighbours(h, 4).tolist() == np.argsort(-cosine, axis=1)[:, :4].tolist()
+    for n, k in (500, 4), (500, 20), (64, 63), (9, 4):
+        h = randn(n, 5, seed=1)
+        cosine = 1 - scipy.spatial.distance.cdist(h.double().numpy(), h.double().numpy(), 'cosine')
+        np.fill_diagonal(cosine, -2)
+        with mock.patch.object(evaluate, 'CHUNK', 3000):
+            assert cluster.neighbours(h, k).tolist() == np.argsort(-cosine, axis=1)[:, :k].tolist()
+    equal = cluster.neighbours(torch.ones(100, 3), 7)                     # itself need not be among the first 8 then
+    assert equal.shape == (100, 7) and all(i not in row for i, row in enumerate(equal.tolist()))
 
 
 def test_the_scan_loss_is_equation_2_and_least_when_sure_agreed_and_balanced():
@@ -1532,9 +1536,10 @@ def nt_xent_by_loops(z1, z2, tau):
 
 
 def test_nt_xent_is_equation_1_written_out():
-    for B, tau in itertools.product((1, 2, 5), (0.1, 0.5, 2.0)):
+    for B, tau, chunk in itertools.product((1, 2, 5), (0.1, 0.5, 2.0), (1 << 20, 30, 1)):
         z1, z2 = randn(B, 7, seed=B).requires_grad_(), randn(B, 7, seed=9).requires_grad_()
-        loss, wanted = losses.nt_xent(z1, z2, tau), nt_xent_by_loops(z1, z2, tau)
+        with mock.patch.object(losses, 'CHUNK', chunk):
+            loss, wanted = losses.nt_xent(z1, z2, tau), nt_xent_by_loops(z1, z2, tau)
         assert close(loss, wanted)
         for a, b in zip(torch.autograd.grad(loss, (z1, z2)), torch.autograd.grad(wanted, (z1, z2))):
             assert close(a, b, 1e-4)
@@ -2052,7 +2057,7 @@ def test_informative_queries_are_disagreements_and_small_margins_never_known_and
 
 def test_the_estimated_accuracy_is_right_though_most_queries_are_hard_ones_and_the_model_is_wrong():
     rng = np.random.default_rng(0)
-    n, estimates, naive = 20000, [], []
+    n, estimates, errors, naive = 20000, [], [], []
     conf = rng.beta(6, 1, n).clip(0.3, 0.999)
     agreed = rng.random(n) < conf
     odds = 0.7 * np.log(conf / (1 - conf)) + 1.5 * agreed - 1 - 2 * (conf > 0.95)        # no logistic function at all
@@ -2064,12 +2069,18 @@ def test_the_estimated_accuracy_is_right_though_most_queries_are_hard_ones_and_t
         asked = np.concatenate([audits, hard])
         surprises = torch.tensor(np.stack([conf[asked], agreed[asked], np.arange(len(asked)) < 60, right[asked]], 1),
                                  dtype=torch.float32)
-        estimates.append(labels.estimate_accuracy(probs, torch.tensor(agreed), surprises))
+        estimate, error = labels.estimate_accuracy(probs, torch.tensor(agreed), surprises)
+        estimates.append(estimate)
+        errors.append(error)
         naive.append(right[audits].mean())
     assert abs(np.mean(estimates) - right.mean()) < 0.02 and np.std(estimates) < np.std(naive)
     assert right.mean() - right[hard].mean() > 0.1 and abs(conf.mean() - right.mean()) > 0.04
+    assert 0.7 < np.mean(errors) / np.std(estimates) < 1.4
+    surprises[2:, 2] = 0                                                 # two audits, both right, prove little
+    surprises[:2, 3] = 1
+    assert labels.estimate_accuracy(probs, torch.tensor(agreed), surprises)[1] > 0.25
     surprises[:, 2] = 0
-    assert labels.estimate_accuracy(probs, torch.tensor(agreed), surprises) is None
+    assert labels.estimate_accuracy(probs, torch.tensor(agreed), surprises) == (None, None)
 
 
 def test_rounds_and_beliefs_are_kept_with_the_answers():
@@ -2836,7 +2847,7 @@ def test_long_work_tells_a_terminal_how_far_it_is_and_leaves_nothing_behind():
     work = {'pictures': lambda: evaluate.in_chunks(lambda v: v, torch.zeros(60, 1, 8, 8, dtype=torch.uint8), size=5),
             'k-means': lambda: evaluate.kmeans(x, 3), 't-SNE': lambda: tsne.tsne(x, 5, 20),
             'linear probe': lambda: evaluate.linear_probe(x, torch.arange(60) % 3, x, torch.arange(60) % 3, x),
-            'kNN': lambda: evaluate.knn(x, torch.arange(60) % 3, x)}
+            'nearest neighbours': lambda: evaluate.knn(x, torch.arange(60) % 3, x)}
     for name, f in work.items():
         for terminal in True, False:
             out = io.StringIO()
@@ -2851,7 +2862,7 @@ def test_long_work_tells_a_terminal_how_far_it_is_and_leaves_nothing_behind():
     out = io.StringIO()                                                   # what is quick shows nothing
     out.isatty = lambda: True
     with contextlib.redirect_stdout(out):
-        work['kNN']()
+        work['nearest neighbours']()
     assert not out.getvalue()
 
 
@@ -3443,6 +3454,36 @@ def test_fewer_pictures_than_a_batch_and_a_last_batch_of_one_are_learned():
             assert code == 0 and not err and 'nan' not in out and 'WARNING' not in out, (more, err, out)
 
 
+def test_a_step_of_each_method_leaves_no_tensor_behind_on_the_cpu():
+    """On the meta device, which computes nothing but refuses to mix devices: what a GPU would stumble over."""
+    x, x_l, y_l = (torch.empty(*shape, device='meta', dtype=dtype) for shape, dtype in (
+        ((8, 1, 28, 28), torch.float32), ((20, 1, 28, 28), torch.uint8), ((20,), torch.int64)))
+    def step(method, *flags):
+        args = cli.parse(['--method', method, *flags])[0]
+        args.encoder = None
+        model = stages.network_of({'args': vars(args), 'data': {'shape': x.shape[1:], 'classes': range(10)}}, 'cpu')
+        model, objective, batch = model.to('meta').train(), stages.objective_of(args), (x,)
+        if method in ('query', 'scan'):
+            objective = functools.partial(objective, labelled=lambda: (x_l, y_l))
+        if method in ('classify', 'cluster'):
+            batch = x, y_l[:8]
+        loss, parts = objective(model, *batch, None)                      # without a generator: meta has none
+        loss.backward()
+        moved = [p for p in model.parameters() if p.requires_grad]
+        assert loss.device.type == 'meta' and all(v.device.type == 'meta' for v in parts.values())
+        assert moved and all(p.grad.device.type == 'meta' for p in moved), method
+    for method, flags in itertools.product(('ae', 'conv', 'simclr', 'classify', 'query', 'cluster', 'scan', 'vae'), (
+            (), ('--blur', '1', '--cutout', '0.3', '--noise', '0.1', '--jitter', '0.2'))):
+        taken = [f for f in zip(flags[::2], flags[1::2]) if method in cli.PER_METHOD[f[0][2:]]]
+        step(method, *itertools.chain(*taken), *(('--mixup', '0') if method in ('classify', 'cluster') else ()))
+    for f in (lambda: evaluate.ssim(x, x), lambda: evaluate.most_similar(x.flatten(1), x_l.flatten(1), 3)[0],
+              lambda: evaluate.knn(x_l.flatten(1), y_l, x.flatten(1), classes=10), lambda: losses.nt_xent(
+                  x.flatten(1), x.flatten(1), 0.2), lambda: evaluate.nearest(x.flatten(1), x.flatten(1))[1]):
+        assert f().device.type == 'meta'
+    with mock.patch.object(data, 'cutout', lambda x, size, g: x * torch.rand(28, 28)), raises(RuntimeError, 'device'):
+        step('simclr', '--cutout', '0.3')                                 # a tensor forgotten there is found
+
+
 # report.py ---------------------------------------------------------------------------------------------------
 
 def read_png(path):
@@ -3847,6 +3888,32 @@ def test_tensorboard_gets_the_numbers_pictures_and_features_of_a_run_or_says_how
             assert len(h) == len(kind) == len(x) == 40 and kind == y
         assert run(*tiny('simclr', '--overwrite', *more), cwd=cwd)[0] == 0
         assert not (cwd / 'runs' / 'simclr' / 'tensorboard').exists()
+
+
+# bench.py ----------------------------------------------------------------------------------------------------
+
+def test_the_benchmark_counts_what_ran_and_compares_with_an_older_one():
+    with folder() as f:
+        done = subprocess.run([sys.executable, HERE / 'bench.py', '--quick', '--json', f / 'a.json', 'NT-Xent, B = 512',
+                               'NT-Xent, B = 1,024', 'NT-Xent, B = 2,048'], capture_output=True, text=True)
+        kept, out = json.loads((f / 'a.json').read_text()), done.stdout
+        rows = {row['part']: row for row in kept['rows']}
+        assert done.returncode == 0 and not done.stderr and len(rows) == 5 and all(part in out for part in rows)
+        product = rows['matrix product, float32']
+        assert product['flops'] == 2 * 4096 ** 3 and close(product['amount'], 2 * 4.096 ** 3, 1e-6)
+        assert rows['NT-Xent, B = 512']['flops'] == 3 * 2 * 1024 ** 2 * 128    # similarities, and twice their gradient
+        rate, each = product['flops'] / product['seconds'][0], rows['NT-Xent, B = 2,048']['seconds'][0]
+        share = f"{100 * 3 * 2 * 4096 ** 2 * 128 / each / rate:.0f} %"
+        line = next(line for line in out.splitlines() if line.startswith('NT-Xent, B = 2,048'))
+        assert share in line and re.search(r'NT-Xent: from 512 to 2,048 time grows as size\^[12]\.', out)
+        then = [{**row, 'seconds': [s * (2 if 'product' in row['part'] else 6) for s in row['seconds']]}
+                for row in kept['rows']]
+        line = next(line for line in bench.compared(kept['rows'], then).splitlines() if line.startswith('NT-Xent'))
+        assert line.split()[-2:] == ['0.17', '0.33']                      # on a machine twice as fast
+        (f / 'a.json').write_text('{}')
+        with contextlib.redirect_stderr(io.StringIO()) as err, raises(SystemExit, 2):
+            bench.main(['--compare', str(f / 'a.json')])
+        assert 'a.json was not written by --json' in err.getvalue()
 
 
 # --list, --export, --predict ---------------------------------------------------------------------------------
