@@ -70,14 +70,15 @@ class Clustering:
         now, inside = divmod(epoch - 1, self.args.epochs)
         answer = None
         if distributed.rank() == 0:
-            last = self.last()
-            if inside == 0 and last is None and not self.file(now).exists():
-                self.assign(now)
-            state = runs.load_checkpoint(self.file(min(now, self.last() or now)))
-            if inside == 0 and (last is None or now <= last):
+            done = len(list(self.run.folder.glob('iteration-*.pt')))
+            newest = runs.load_checkpoint(self.file(max(0, done - 1))) if done or inside else None
+            if inside == 0 and now == done and not (newest and newest['row']['last']):
+                newest, done = self.assign(now, newest), done + 1
+            at, over = min(now, done - 1), newest['row']['last']           # over: nothing is assigned anew after it
+            state = newest if at == done - 1 else runs.load_checkpoint(self.file(at))
+            if inside == 0 and at == now:
                 self.run.log({**state['row'], 'epoch': epoch})
-            last = self.last()
-            epochs = (self.args.iterations if last is None else last) * self.args.epochs + self.args.closing
+            epochs = (done - 1 if over else self.args.iterations) * self.args.epochs + self.args.closing
             if epoch > epochs:
                 self.finish()
             answer = state['pred'], state['chosen'], epochs
@@ -90,17 +91,10 @@ class Clustering:
     def file(self, now):
         return self.run.folder / f'iteration-{now:02}.pt'
 
-    def last(self):
-        """Number of the iteration after which nothing is assigned anew, or None while that isn't known."""
-        done = sorted(self.run.folder.glob('iteration-*.pt'))
-        return len(done) - 1 if done and runs.load_checkpoint(done[-1])['row']['last'] else None
-
-    def assign(self, now):
-        """Assign all pictures and write that down, with the weights it came from."""
-        args, before = self.args, self.pred
-        if now:
-            previous = runs.load_checkpoint(self.file(now - 1))
-            before = previous['pred'].to(self.device)
+    def assign(self, now, previous):
+        """Assign all pictures, write that down with the weights it came from, and return it; previous: the state so
+        returned by the iteration before, None in the first."""
+        args, before = self.args, previous['pred'].to(self.device) if now else self.pred
         if args.method == 'scan':
             probs = stages.probabilities(args, self.model, self.ds.x_train, self.device) if now else cluster.scan_heads(
                 self.h, self.near, args.clusters, args.heads, args.entropy, seed=args.seed)
@@ -126,9 +120,11 @@ class Clustering:
             both = pred.cpu()[known], self.ds.y_train[known]
             row.update(acc=float(evaluate.hungarian_accuracy(*both)[0]), nmi=evaluate.nmi(*both),
                        ari=evaluate.ari(*both), purity=evaluate.purity(*both))
-        runs.write_state(self.file(now), {'model': self.model.state_dict(), 'pred': pred.cpu(), 'own': own.cpu(),
-                                          'row': row, 'chosen': chosen.cpu()})
+        state = {'model': self.model.state_dict(), 'pred': pred.cpu(), 'own': own.cpu(), 'row': row,
+                 'chosen': chosen.cpu()}
+        runs.write_state(self.file(now), state)
         print(report.iteration(row), flush=True)
+        return state
 
     def finish(self):
         """final.pt, the network as it is now, and best.pt, the assignment with the lowest criterion; 'voted' tells that

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
 import data
+from runs import progress
 
 CHUNK = 1 << 23                                     # floats in the largest temporary matrix (32 MiB)
 
@@ -21,8 +22,12 @@ def in_chunks(f, x, size=None, ids=None, device=None):
     (None: where they are), `size` at once: by default 1000, fewer where pictures are large."""
     size = size or min(1000, 1 + (1 << 22) // math.prod(x.shape[1:]))
     ids = torch.arange(len(x)) if ids is None else ids
-    parts = (x[part] for part in ids.split(size))
-    return torch.cat([f(data.to_float(part if device is None else part.to(device))) for part in parts])
+    out, at = [], progress('pictures', len(ids))
+    for i, part in enumerate(ids.split(size)):
+        rows = x[part]
+        out.append(f(data.to_float(rows if device is None else rows.to(device))))
+        at((i + 1) * size)
+    return torch.cat(out)
 
 
 # ---------------------------------------------------------------------------------- image quality
@@ -93,12 +98,15 @@ def kmeans(x, k, restarts=10, iterations=100, tol=1e-4, seed=0, centres=None):
     if not 1 <= k <= len(x):
         raise ValueError(f'k-means was asked for {k} clusters of {len(x)} points')
     x = x.float()
-    squares, best = torch.linalg.vector_norm(x, dim=1).square(), None
+    squares = torch.linalg.vector_norm(x, dim=1).square()
     limit = tol * (squares.mean() - x.mean(0).square().sum()).clamp(min=0) / x.shape[1]    # mean variance
-    for r in range(1 if centres is not None else restarts):
+    best, restarts = None, 1 if centres is not None else restarts
+    at = progress('k-means, sooner if it settles', restarts * iterations)
+    for r in range(restarts):
         g = data.generator(x.device, seed, 'kmeans', r)
         c = centres.to(x) if centres is not None else _kmeans_plus_plus(x, k, g)
-        for _ in range(iterations):
+        for i in range(iterations):
+            at(r * iterations + i)
             old, (index, dist) = c, nearest(x, c, squares)
             c = _centroids(x, index, dist, k)
             if (c - old).square().sum() <= limit:
@@ -107,6 +115,7 @@ def kmeans(x, k, restarts=10, iterations=100, tol=1e-4, seed=0, centres=None):
         inertia = dist.sum().item()
         if best is None or inertia < best[2]:
             best = index, c, inertia
+    at(restarts * iterations)
     return best
 
 
@@ -226,6 +235,7 @@ def most_similar(x, bank, k):
     bank, M, k = F.normalize(bank.float(), dim=1).T, len(bank), min(k, len(bank))
     whole, found = M - M % 64, []
     room = torch.empty(min(len(x), max(1, CHUNK // M)), M, device=x.device)           # one, used again and again
+    at = progress('nearest neighbours', len(x))
     for part in F.normalize(x.float(), dim=1).split(len(room)):
         s, rest = torch.mm(part, bank, out=room[:len(part)]).split((whole, M - whole), dim=1)
         blocks = s.unflatten(1, (whole // 64, 64))
@@ -234,6 +244,7 @@ def most_similar(x, bank, k):
         rows = torch.cat([rows, torch.arange(whole, M, device=x.device).expand(len(part), -1)], 1)
         s, i = torch.cat([blocks.gather(1, best.expand(-1, -1, 64)).flatten(1), rest], 1).topk(k, dim=1)
         found.append((s, rows.gather(1, i)))
+        at(sum(len(s) for s, _ in found))
     return tuple(map(torch.cat, zip(*found)))
 
 
@@ -254,12 +265,14 @@ def linear_probe(x_train, y_train, x_val, y_val, x_test, l2s=(1e-3, 1e-2, 1e-1, 
     validation rows; then the probe is fitted anew on both. All of these labels count as used.
     """
     K = int(torch.cat([y_train, y_val]).max()) + 1
-    scores = []
+    scores, at = [], progress('linear probe', len(l2s) + 1)
     for l2 in l2s if len(x_val) else l2s[1:2]:
         pred = logistic_regression(x_train, y_train, K, l2)(x_val).argmax(1) if len(x_val) else y_val
         scores.append(((pred == y_val).float().mean().item(), l2))
+        at(len(scores))
     l2 = max(scores)[1]
     predict = logistic_regression(torch.cat([x_train, x_val]), torch.cat([y_train, y_val]), K, l2)
+    at(len(l2s) + 1)
     return predict(x_test), l2
 
 

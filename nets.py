@@ -132,12 +132,9 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(x))
 
 
-class VAE(nn.Module):
-    """Variational autoencoder (arXiv 1312.6114). encode gives mu, the feature used to judge it."""
-
-    def __init__(self, encoder, decoder):
-        super().__init__()
-        self.encoder, self.decoder = encoder, decoder      # encoder.dim is 2 x latent: mu, logvar
+class VAE(Autoencoder):
+    """Variational autoencoder (arXiv 1312.6114), encoder.dim 2 x latent: mu, logvar. encode gives mu, the feature used
+    to judge it."""
 
     def posterior(self, x):
         """(mu, logvar), each (B, latent) float32."""
@@ -146,9 +143,6 @@ class VAE(nn.Module):
 
     def encode(self, x):
         return self.posterior(x)[0]
-
-    def decode(self, z):
-        return torch.sigmoid(self.decoder(z).float())
 
     def forward(self, x, g=None):
         """(logits, mu, logvar) with z drawn from the posterior by generator g."""
@@ -261,9 +255,7 @@ def build(method, net, shape, width=1.0, latent=64):
         return Autoencoder(Encoder(net, shape, width, latent), ConvDecoder(latent, shape, width))
     if method == 'vae':
         return VAE(Encoder(net, shape, width, 2 * latent), ConvDecoder(latent, shape, width))
-    if method in ('simclr', 'random'):
-        return SimCLR(Encoder(net, shape, width))
-    raise ValueError(f'{method} trains no network')
+    return SimCLR(Encoder(net, shape, width))
 
 
 def size(model):

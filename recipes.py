@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import board
 import clustering
 import data
 import distributed
@@ -26,6 +27,8 @@ import train
 def main(args, typed, defaults):
     """Do what the arguments ask for; returns the exit code. ValueError or OSError for what a user can mend."""
     try:
+        if args.tensorboard:
+            board.writer()                                                 # if it is missing, now rather than later
         if 'fetch' in typed:
             name = args.dataset or 'fashion-mnist'
             print(f'{name} is in {data.find(name)}')
@@ -101,7 +104,7 @@ RECIPES = {'classify': (querying.classify, querying.score), 'query': (querying.q
 def evaluate_again(folder, now):
     """Load a finished run's checkpoint and write its measures, pictures and page anew."""
     config, args, model, device = stages.reopen(folder, now.device)
-    ds, args.perplexity = stages.data_of(folder, config), now.perplexity
+    ds, args.perplexity, args.tensorboard = stages.data_of(folder, config), now.perplexity, now.tensorboard
     if not (folder / 'metrics.json').exists():
         raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
     run = runs.Run(folder, config, resume=True)

@@ -23,6 +23,14 @@ def png(picture):
             + chunk(b'IEND', b''))
 
 
+def read_png(path):
+    """The picture that write_png wrote."""
+    blob = Path(path).read_bytes()
+    W, H, _, kind = struct.unpack('>IIBB', blob[16:26])
+    rows = np.frombuffer(zlib.decompress(blob[41:-16]), np.uint8).reshape(H, -1)[:, 1:]    # one chunk, filter type 0
+    return rows.reshape(H, W, 3) if kind == 2 else rows
+
+
 def write_png(path, picture):
     """Write (H, W) or (H, W, 3) uint8 as a PNG file."""
     runs.write_atomic(path, png(picture))
@@ -72,44 +80,37 @@ def captioned(x, numbers):
 
 # ---------------------------------------------------------------------------------------- as text
 
+# key in metrics.json, name, digits in a report and in a table of runs ('': not there), the convention it follows
+MEASURES = [
+    ('accuracy', 'accuracy', '.2%', '.1%', 'from {labels:,} labels'),
+    ('estimate', 'estimate', '.2%', '', 'of the accuracy at the last round, from the answers'),
+    ('mse', 'MSE', '.4f', '.4f', 'of reconstructions, pixels 0..1'),
+    ('ssim', 'SSIM', '.3f', '.3f', '11 taps, sigma 1.5, no padding'),
+    ('psnr', 'PSNR', '.1f', '', 'dB, mean over pictures'),
+    ('active_units', 'active units', 'd', '', 'latent units whose mean has a variance over 0.01'),
+    ('knn', 'kNN', '.2%', '.1%', 'cosine, k 20, weighted; {knn_labels:,} labels'),
+    ('probe', 'linear probe', '.2%', '.1%', '{probe_labels:,} labels, l2 {probe_l2:g}'),
+    ('kmeans_acc', 'k-means ACC', '.3f', '.3f', 'mapping from {kmeans_mapping} labels, k {clusters}'),
+    ('kmeans_nmi', 'k-means NMI', '.3f', '.3f', 'arithmetic mean of the entropies'),
+    ('kmeans_ari', 'k-means ARI', '.3f', '', '0 by chance'),
+    ('kmeans_purity', 'k-means purity', '.3f', '', 'rises with k'),
+    ('features', 'features', 'd', '', 'effective rank {effective_rank:.1f}, mean standard deviation {feature_std:.3f}'),
+    ('live_clusters', 'live clusters', 'd', '', 'of {clusters}, by {by}, of sizes {sizes}'),
+    ('acc', 'ACC', '.3f', '.3f', 'Hungarian, on the {mapping} labels'),
+    ('nmi', 'NMI', '.3f', '.3f', 'arithmetic mean of the entropies'),
+    ('ari', 'ARI', '.3f', '.3f', '0 by chance'),
+    ('purity', 'purity', '.3f', '.3f', 'rises with the number of clusters'),
+    ('mean_f1', 'F1', '.3f', '', 'mean over classes{each}')]
+
+
 def measures(m):
-    """metrics.json as rows (what, value, convention), each measure with the convention it follows."""
-    rows = []
-    if 'accuracy' in m:
-        rows.append(('accuracy', f'{m["accuracy"]:.2%}', f'from {m["labels"]:,} labels'))
-        rows.append(('F1', f'{statistics.mean(m["f1"]):.3f}', 'mean over classes'))
-    if 'live_clusters' in m:
-        rows.append(('clusters', f'{m["clusters"]}', f'{m["live_clusters"]} alive, of sizes {m["sizes"]}'
-                     + (', by a vote of neighbours' if m['voted'] else ', by the network')))
-    if 'acc' in m:
-        rows.append(('ACC', f'{m["acc"]:.3f}', f'Hungarian, on the {m["mapping"]} labels'))
-        rows.append(('NMI', f'{m["nmi"]:.3f}', 'arithmetic mean of the entropies'))
-        rows.append(('ARI', f'{m["ari"]:.3f}', '0 by chance'))
-        rows.append(('purity', f'{m["purity"]:.3f}', 'rises with the number of clusters'))
-        rows.append(('F1', f'{statistics.mean(m["f1"]):.3f}', 'mean over classes, of the matched clusters: '
-                     + ' '.join(f'{v:.2f}' for v in m['f1'])))
-    if 'estimate' in m:
-        rows.append(('estimate', f'{m["estimate"]:.2%}', 'of the accuracy at the last round, from the answers'))
-    if 'mse' in m:
-        rows.append(('MSE', f'{m["mse"]:.4f}', 'of reconstructions, pixels 0..1'))
-        rows.append(('SSIM', f'{m["ssim"]:.3f}', '11 taps, sigma 1.5, no padding'))
-        rows.append(('PSNR', f'{m["psnr"]:.1f} dB', 'mean over pictures'))
-    if 'active_units' in m:
-        rows.append(('active units', f'{m["active_units"]}', 'latent units whose mean has a variance over 0.01'))
-    if 'knn' in m:
-        rows.append(('kNN', f'{m["knn"]:.2%}', f'cosine, k 20, weighted; {m["knn_labels"]:,} labels'))
-    if 'probe' in m:
-        rows.append(('linear probe', f'{m["probe"]:.2%}', f'{m["probe_labels"]:,} labels, l2 {m["probe_l2"]:g}'))
-    if 'kmeans_acc' in m:
-        rows.append(('k-means ACC', f'{m["kmeans_acc"]:.3f}', f'mapping from {m["kmeans_mapping"]} labels, '
-                     f'k {m["clusters"]}'))
-        rows.append(('k-means NMI', f'{m["kmeans_nmi"]:.3f}', 'arithmetic mean of the entropies'))
-        rows.append(('k-means ARI', f'{m["kmeans_ari"]:.3f}', '0 by chance'))
-        rows.append(('k-means purity', f'{m["kmeans_purity"]:.3f}', 'rises with k'))
-    if 'features' in m:
-        rows.append(('features', f'{m["features"]}', f'effective rank {m["effective_rank"]:.1f}, mean standard '
-                     f'deviation {m["feature_std"]:.3f}'))
-    return rows
+    """metrics.json as rows (what, value, convention)."""
+    m = {**m, 'by': 'a vote of neighbours' if m.get('voted') else 'the network'}
+    if 'accuracy' in m or 'acc' in m:                                      # else it is the probe's, told by the page
+        each = ' '.join(f'{v:.2f}' for v in m['f1'])
+        m.update(mean_f1=statistics.mean(m['f1']), each=f', of the matched clusters: {each}' if 'acc' in m else '')
+    return [(what, f'{m[key]:{form}}', convention.format(**m)) for key, what, form, _, convention in MEASURES
+            if key in m]
 
 
 def describe(metrics):
@@ -121,11 +122,8 @@ def describe(metrics):
     return '\n'.join(lines)
 
 
-COLUMNS = [('epochs', 'epochs', '{:.0f}'), ('seconds', 'seconds', '{:.0f}'), ('labels', 'labels', '{:.0f}'),
-           ('accuracy', 'accuracy', '{:.1%}'), ('mse', 'MSE', '{:.4f}'),
-           ('ssim', 'SSIM', '{:.3f}'), ('knn', 'kNN', '{:.1%}'), ('probe', 'probe', '{:.1%}'),
-           ('kmeans_acc', 'k-means ACC', '{:.3f}'), ('kmeans_nmi', 'k-means NMI', '{:.3f}'),
-           ('acc', 'ACC', '{:.3f}'), ('nmi', 'NMI', '{:.3f}'), ('ari', 'ARI', '{:.3f}'), ('purity', 'purity', '{:.3f}')]
+COLUMNS = [(key, key, '.0f') for key in ('epochs', 'seconds', 'labels')] + [
+    (key, what, form) for key, what, _, form, _ in MEASURES if form]
 
 
 def compare(folders):
@@ -162,7 +160,7 @@ def _cell(values, form):
     values = [v for v in values if v is not None]
     if not values:
         return '-'
-    mean = form.format(statistics.mean(values))
-    if len(values) == 1 or form == '{:.0f}':
+    mean = f'{statistics.mean(values):{form}}'
+    if len(values) == 1 or form == '.0f':
         return mean
-    return f'{mean}±{form.format(statistics.stdev(values)).rstrip("%")}'
+    return f'{mean}±{format(statistics.stdev(values), form).rstrip("%")}'

@@ -59,6 +59,6 @@ def finish(run, args, ds, model, device, seconds):
             pairs = zip(few[0::2].split(1), few[1::2].split(1))
             rows = [nets.interpolation(model, x1, x2, 16) for x1, x2 in pairs]
             report.write_png(run.folder / 'interpolation.png', report.sheet(*rows))
-    if args.method == 'simclr':
+    if 'crop' in args:                                                     # it learns from views
         stages.write_views(run.folder / 'views.png', few, stages.views_of(args), args.seed)
     stages.complete(run, args, ds, metrics, shown, seconds, began)

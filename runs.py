@@ -3,6 +3,7 @@
 Every file is written whole beside its place and then renamed into it, so a kill at any moment leaves
 either the old file or the new one.
 """
+import difflib
 import hashlib
 import io
 import json
@@ -11,6 +12,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -26,7 +28,7 @@ try:
 except ImportError:                                    # Windows has no flock; there, no lock is taken
     fcntl = None
 
-HERE = {'name', 'resume', 'overwrite', 'device', 'save_every', 'perplexity'}   # how a run is run, not what it is
+HERE = {'name', 'resume', 'overwrite', 'device', 'save_every', 'perplexity', 'tensorboard'}    # how it is run, not what
 CHECKPOINTS = ('checkpoint.new.pt', 'checkpoint.pt', 'checkpoint.previous.pt')      # newest first
 FREE = HERE | {'epochs', 'answers'}                                  # what may change on resume
 
@@ -92,7 +94,10 @@ def read_config(folder):
     """config.json of a run folder; ValueError with one sentence if it is not one."""
     path = Path(folder) / 'config.json'
     if not path.exists():
-        raise ValueError(f'{folder} is not a run folder: it has no config.json')
+        others = [p.parent.name for p in Path(folder).parent.glob('*/config.json')]
+        near = difflib.get_close_matches(Path(folder).name, others, 1)
+        raise ValueError(f'{folder} is not a run folder: it has no config.json' + (
+            f'; did you mean {Path(folder).with_name(near[0])}?' if near else ''))
     config = read_json(path)
     args, pictures = config.get('args'), config.get('data')
     if not (isinstance(args, dict) and {'method', 'seed'} <= set(args)
@@ -121,6 +126,7 @@ class Run:
                         'report.html', 'labels.previous.sqlite-journal', '*.pt'):
                 for path in self.folder.glob(old):
                     path.unlink()
+            shutil.rmtree(self.folder / 'tensorboard', ignore_errors=True)
             for old in ('labels.sqlite', 'labels.sqlite-journal'):           # a person may have worked for hours on it
                 if (self.folder / old).exists():
                     os.replace(self.folder / old, self.folder / old.replace('labels', 'labels.previous'))
@@ -324,10 +330,27 @@ class Progress:
         """Print a line that stays."""
         if self.quiet:
             return
-        if self.live and self.width:
-            print('\r' + ' ' * self.width + '\r', end='')
-            self.width = 0
+        self.clear()
         print(text, flush=True)
+
+    def clear(self):
+        """Take the live line away."""
+        if self.live and self.width:
+            print('\r' + ' ' * self.width + '\r', end='', flush=True)
+            self.width = 0
+
+
+def progress(what, total):
+    """Function to be told how much of the total is done: on a terminal, from the second second on, it keeps a live
+    line with the time left, and takes it away when all is done."""
+    line, began = Progress(), time.monotonic()
+    def at(done):
+        took = time.monotonic() - began
+        if done < total and done and took > 1 and line.due():
+            line.show(f'{what}: {done / total:.0%}, {clock(took / done * (total - done))} left')
+        elif done >= total:
+            line.clear()
+    return at
 
 
 def clock(seconds):

@@ -7,6 +7,7 @@ from statistics import median
 from scipy.stats import qmc
 
 import distributed
+import report
 import runs
 import stages
 
@@ -28,17 +29,6 @@ def hopeless(curve, others):
     Judged from the third finished trial on."""
     means = [sum(other[:len(curve)]) / len(other[:len(curve)]) for other in others if len(other) >= len(curve)]
     return len(means) >= 3 and max(curve) < median(means)
-
-
-def table(trials):
-    """Ranked trials, each {'setting', 'curve', 'stopped'}, as a Markdown table."""
-    keys = list(trials[0]['setting'])
-    rows = ['| ' + ' | '.join([*keys, 'score', 'epochs']) + ' |', '|' + '---|' * (len(keys) + 2)]
-    for t in trials:
-        cells = [f'{t["setting"][k]:.4g}' for k in keys]
-        cells += [f'{t["curve"][-1]:.4f}', f'{len(t["curve"])}{", stopped" if t["stopped"] else ""}']
-        rows.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(rows)
 
 
 class Trial:
@@ -88,13 +78,17 @@ def search(args, typed, run):
     for i, setting in enumerate(settings(args.over, args.search, args.seed)):
         name = f'{args.name}-{i:02}'
         own = argparse.Namespace(**{**base, **setting, 'name': name})
-        run(own, {**plain, **setting}, Trial(Path('runs') / name, [t['curve'] for t in trials], by_loss))
-        curve = Trial(Path('runs') / name, (), by_loss).curve
-        trials.append({'setting': setting, 'curve': curve, 'stopped': len(curve) < getattr(own, 'epochs', 0)})
+        trial = Trial(Path('runs') / name, [t['curve'] for t in trials], by_loss)
+        run(own, {**plain, **setting}, trial)
+        curve = trial.curve
+        trials.append({'name': name, 'setting': setting, 'curve': curve,
+                       'stopped': len(curve) < getattr(own, 'epochs', 0)})
         print(f'{name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in setting.items())
               + f': score {curve[-1]:.4f}' + (f', stopped after epoch {len(curve)}' if trials[-1]['stopped'] else ''))
     ranked = sorted(trials, key=lambda t: (t['stopped'], -t['curve'][-1]))
-    print(table(ranked))
+    print(report.table([['trial', *ranked[0]['setting'], 'score', 'epochs', '']] + [
+        [t['name'], *(f'{v:.4g}' for v in t['setting'].values()), f'{t["curve"][-1]:.4f}', str(len(t['curve'])),
+         'stopped' * t['stopped']] for t in ranked]))
     words = [runs.flag(k, v) for k, v in {**plain, **ranked[0]['setting']}.items()
              if k not in ('resume', 'overwrite', 'method', 'name')]
     print('best: python ssl.py --method', args.method, *words)

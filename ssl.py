@@ -69,7 +69,7 @@ else:
         'cutout': dict(simclr=0.0, **all_headed(0.4, classify=0.3)),
     }
     PLAIN = dict(data=None, dataset=None, limit=None, val=5000, name=None, resume=False, overwrite=False, device=None,
-                 seed=0, perplexity=30.0)
+                 seed=0, perplexity=30.0, tensorboard=False)
     METHODS = {'ae': 'fully connected autoencoder', 'conv': 'convolutional residual autoencoder',
                'vae': 'variational autoencoder', 'simclr': 'contrastive learning',
                'classify': 'classifier from few labels', 'query': 'classifier that asks for its labels',
@@ -119,13 +119,17 @@ else:
             raise argparse.ArgumentTypeError(f'{text!r} is not understood; wanted different names as in cat,dog,other')
         return ','.join(parts)
 
+    def hint(text, names):
+        """'did you mean X? ' of the name nearest to a misspelt one, or nothing."""
+        near = difflib.get_close_matches(text.lower(), names, 1)
+        return f'did you mean {near[0]}? ' if near else ''
+
     def choice(*names):
         """Type of a flag: one of the names; a misspelt one is answered with the nearest."""
         def parse(text):
             if text not in names:
-                near = difflib.get_close_matches(text, names, 1)
-                hint = f'did you mean {near[0]}? ' if near else ''
-                raise argparse.ArgumentTypeError(f'{text!r} is not known; {hint}wanted one of {", ".join(names)}')
+                raise argparse.ArgumentTypeError(f'{text!r} is not known; {hint(text, names)}wanted one of '
+                                                 f'{", ".join(names)}')
             return text
         return parse
 
@@ -176,7 +180,8 @@ else:
         flag(g, '--data', 'folder of IDX files, of STL-10\'s or of CIFAR-10\'s binary files, or an .npz with x_train '
              'and, optionally, y_train, x_test, y_test', type=path, metavar='PATH')
         flag(g, '--dataset', 'instead of --data: fashion-mnist, stl10 or cifar10, sought in data/ and downloaded if it '
-             'is not there (default: fashion-mnist)', type=choice('fashion-mnist', 'stl10', 'cifar10'), metavar='NAME')
+             'is not there (default: fashion-mnist)', metavar='NAME',
+             type=choice('fashion-mnist', 'stl10', 'cifar10'))
         flag(g, '--limit', 'use only the first N training pictures; those with labels come first',
              type=number(int, 20, 10**9), metavar='N')
         flag(g, '--val', 'training pictures kept for validation, a tenth of all at most', type=count, metavar='N')
@@ -189,6 +194,8 @@ else:
         flag(g, '--seed', 'of weights, split, order, augmentation', type=number(int, 0, 2**31 - 1), metavar='N')
         flag(g, '--perplexity', 'of the t-SNE in report.html, about how many neighbours a picture has; 0 is no t-SNE',
              type=number(float, 0, 1e4), metavar='N')
+        flag(g, '--tensorboard', 'write the numbers, pictures and features for TensorBoard too, into the run folder, '
+             'when the run is complete; needs the package tensorboard', action='store_true')
 
         g = p.add_argument_group('network')
         flag(g, '--net', 'encoder: fc, conv or resnet', type=choice('fc', 'conv', 'resnet'))
@@ -229,7 +236,6 @@ else:
         flag(g, '--freeze', 'train only the head; the encoder keeps every bit', action=argparse.BooleanOptionalAction)
         flag(g, '--head', 'linear, or mlp of two layers', type=choice('linear', 'mlp'))
         flag(g, '--mixup', 'alpha of mixup; 0 is none', type=number(float, 0, 100), metavar='ALPHA')
-
         flag(g, '--sam', 'radius of sharpness-aware minimisation; 0 is none, else twice the time',
              type=number(float, 0, 100), metavar='RHO')
 
@@ -280,21 +286,21 @@ else:
         typed = vars(typed)
         if unknown:
             flags = [o for a in parser._actions for o in a.option_strings]
-            near = difflib.get_close_matches(unknown[0].split('=')[0], flags, 1)
-            parser.error(f'{unknown[0]} is not known' + (f'; did you mean {near[0]}?' if near else '; see --help'))
+            parser.error(f'{unknown[0]} is not known; {hint(unknown[0].split("=")[0], flags) or "see --help"}'.strip())
         command = next((c for c in ('fetch', 'compare', 'list', 'evaluate', 'export', 'predict', 'show_views')
                         if c in typed), None)
         method = typed.get('method', 'simclr' if command == 'show_views' else None)
         if command == 'show_views' and method != 'simclr':
             parser.error('--show-views shows the views of --method simclr')
-        with_it = {'fetch': ('dataset',), 'compare': (), 'list': (), 'evaluate': ('device', 'perplexity'),
-                   'export': ('device',), 'predict': ('device',)}.get(command, typed)
+        with_it = {'fetch': ('dataset',), 'compare': (), 'list': (), 'export': ('device',), 'predict': ('device',),
+                   'evaluate': ('device', 'perplexity', 'tensorboard')}.get(command, typed)
         for key in set(typed) - {command, *with_it}:
             parser.error(f'--{key.replace("_", "-")} does nothing with --{command}')
         if 'data' in typed and 'dataset' in typed:
             parser.error('--data and --dataset exclude each other; a --data folder is known by its files')
         if method is None and command is None:
-            parser.error('say what to do, for instance: python ssl.py --method simclr (--help lists the rest)')
+            parser.error('say what to do; python ssl.py --method ae trains and measures an autoencoder in half a '
+                         'minute (--help lists the rest)')
         for key in {'net', 'width'} & set(typed) if 'encoder' in typed else ():
             parser.error(f'--{key} is that of the --encoder run; leave it out')
         for key in typed:
@@ -311,19 +317,22 @@ else:
             parser.error('--oracle file and --answers CSV go together')
         if 'search' in typed and typed.get('oracle', 'data') != 'data':
             parser.error(f'--search would ask for labels in every trial; leave --oracle {typed["oracle"]} out')
+        for key in {'perplexity', 'tensorboard'} & set(typed) if 'search' in typed else ():
+            parser.error(f'--{key} does nothing with --search, whose trials are scored on validation alone')
         if 'search' in typed and method not in (*NETS, 'classify', 'query'):
             parser.error(f'--search has no score for --method {method}')
         types = {a.dest: a.type for a in parser._actions}
         for i, (key, *ends) in enumerate(typed.get('over', ())):
+            over = '--over ' + key.replace('_', '-')
             if method not in PER_METHOD.get(key, ()) or 'number' not in getattr(types[key], '__qualname__', ''):
-                parser.error(f'--over {key.replace("_", "-")} is no numeric flag of --method {method}')
+                near = hint(key, [k for k, per in PER_METHOD.items() if method in per]).replace('_', '-')
+                parser.error(f'{over} is no numeric flag of --method {method}; {near or "see --help"}'.strip())
             try:
                 low, high = map(types[key], ends)
             except argparse.ArgumentTypeError as e:
-                parser.error(f'--over {key.replace("_", "-")}: {e}')
+                parser.error(f'{over}: {e}')
             if key in typed or not low < high:
-                parser.error(f'--over {key.replace("_", "-")} ' + (
-                    'is also given as a flag' if key in typed else 'wants the lower end first'))
+                parser.error(f'{over} ' + ('is also given as a flag' if key in typed else 'wants the lower end first'))
             typed['over'][i] = key, low, high
         if 'resume' in typed and 'overwrite' in typed:
             parser.error('--resume and --overwrite exclude each other')

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import board
 import data
 import distributed
 import evaluate
@@ -52,7 +53,7 @@ def network_of(config, device):
         torch.manual_seed(args.seed)                                   # the same head, whatever the encoder
         K = args.clusters if 'clusters' in args else len(config['data']['classes'])
         model = nets.Classifier(encoder, K, args.head, args.freeze)
-        model = nets.MeanTeacher(model) if args.method in ('query', 'scan') else model
+        model = nets.MeanTeacher(model) if 'ema' in args else model
     elif 'net' in args:
         model = nets.build(args.method, args.net, shape, args.width, getattr(args, 'latent', None))
     else:
@@ -66,8 +67,9 @@ def beginning(run, args, device):
     if args.encoder:
         folder = Path(args.encoder if isinstance(args.encoder, str) else args.encoder[0])
         trained = nets.encoder_of(load_model(folder, runs.read_config(folder), device)).state_dict()
-        for classifier in [model.student, model.teacher] if args.method in ('query', 'scan') else [model]:
-            classifier.encoder.load_state_dict(trained)
+        for part in model.modules():                                   # a mean teacher holds two
+            if isinstance(part, nets.Classifier):
+                part.encoder.load_state_dict(trained)
     return model
 
 
@@ -192,11 +194,14 @@ def probabilities(args, model, x, device):
 
 
 def complete(run, args, ds, metrics, shown, seconds, began):
-    """Write report.html and then metrics.json, which makes the run a finished one, and say what it holds."""
+    """Write report.html, for TensorBoard too if asked, and then metrics.json, which makes the run a finished one, and
+    say what it holds."""
     rows = runs.read_log(run.folder)
     metrics.update(method=args.method, epochs=rows[-1]['epoch'] if rows else None, seconds=round(seconds, 1),
                    measuring_seconds=round(time.monotonic() - began, 1))
     page.write(run.folder, run.config, metrics, shown, ds.classes, args.perplexity)
+    if args.tensorboard:
+        board.write(run.folder, metrics, shown, ds.classes, args.seed)
     run.write_metrics(metrics)
     print(report.describe(metrics), f'-> {run.folder}/report.html', sep='\n')
 

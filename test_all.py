@@ -219,6 +219,20 @@ def finished(method):
     return home() / 'runs' / method
 
 
+@contextlib.contextmanager
+def modules(**stand_ins):
+    """Modules by name, '_' for '.', stand in for those of Python, None for none; what else is imported stays."""
+    stand_ins = {name.replace('_', '.'): module for name, module in stand_ins.items()}
+    before = {name: sys.modules[name] for name in stand_ins if name in sys.modules}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
 def posix():
     if os.name != 'posix':
         raise unittest.SkipTest('signals, locks and file-size limits are POSIX')
@@ -386,7 +400,8 @@ def test_a_wrong_word_is_one_line_and_starts_nothing():
     with folder() as cwd:
         for words, said in (
                 ([], 'say what to do'), (['--method'], '--method'), (['--method', ''], 'wanted one of'),
-                (['--method', 'simclrr'], 'did you mean simclr?'), (['--method', 'conv', '--net', 'resent'], 'resnet'),
+                (['--method', 'simclrr'], 'did you mean simclr?'), (['--method', 'VAE'], 'did you mean vae?'),
+                (['--method', 'conv', '--net', 'resent'], 'resnet'),
                 (['--method', 'ae', 'extra'], 'extra is not known'), (['--meth', 'ae'], '--method?'),
                 (['--method', 'vae', '--likelihood', 'gauss'], 'gaussian'),
                 (['--method', 'ae', '--schedule', 'linear'], 'wanted one of'),
@@ -451,7 +466,7 @@ def test_every_training_flag_changes_what_is_trained():
              'val': dict.fromkeys(UNLABELLED, 1)}
     elsewhere = {'oracle', 'answers', 'classes', 'patience', 'min_delta', 'save_every', 'method', 'evaluate', 'compare',
                  'show_views', 'fetch', 'search', 'over', 'data', 'dataset', 'name', 'resume', 'overwrite', 'device',
-                 'encoder', 'until', 'stable', 'perplexity', 'export', 'predict', 'list'}
+                 'encoder', 'until', 'stable', 'perplexity', 'tensorboard', 'export', 'predict', 'list'}
     assert set(other) | elsewhere == set(flags()), 'a flag without a test'
     with folder() as cwd, only_training():
         x, y = pictures(45, 8, 8)
@@ -648,8 +663,10 @@ def test_a_search_scores_on_validation_and_its_best_command_gives_the_best_run_a
         best = min(last, key=last.get)
         assert measured(cwd / 'runs' / f'ae-{best:02}')['score'] == -last[best]
         command = shlex.split(out.splitlines()[-1])
-        table = [line for line in out.splitlines() if line.startswith('|')]
-        assert command[:3] == ['best:', 'python', 'ssl.py'] and f'| {-last[best]:.4f} |' in table[2] and len(table) == 5
+        head, *table = [line.split() for line in out.splitlines()[-5:-1]]
+        assert head == ['trial', 'lr', 'batch_size', 'score', 'epochs'] and len(table) == 3
+        assert command[:3] == ['best:', 'python', 'ssl.py'] and table[0][0] == f'ae-{best:02}'
+        assert table[0][3] == f'{-last[best]:.4f}'
         assert run(*command[3:], '--name', 'again', cwd=cwd)[0] == 0
         assert logged(cwd / 'runs' / 'again')[-1]['val_loss'] == last[best]
         code, again, err = run(*flags, '--resume', cwd=cwd)               # nothing is trained twice
@@ -660,6 +677,8 @@ def test_a_search_scores_on_validation_and_its_best_command_gives_the_best_run_a
             assert code == 0 and not err and len(list((cwd / 'runs').glob(f'{method}-0?/metrics.json'))) == 2
         for over, said in ('lr=3:1', 'lower'), ('lr=0:1', 'lr'), ('lr', 'lr'), ('net=1:2', 'net'), ('x=1:2', 'x'):
             refused(*tiny('ae', '--search', 2, '--over', over), cwd=cwd, said=[said, '--over'])
+        refused(*tiny('ae', '--search', 2, '--over', 'latant=1:2'), cwd=cwd, said=['did you mean latent?'])
+        refused(*tiny('ae', '--search', 2, '--over', 'lr=1:2', '--perplexity', 5), cwd=cwd, said=['--perplexity'])
         refused(*tiny('ae', '--search', 2), cwd=cwd, said=['--over'])
         refused(*tiny('pca', '--search', 2, '--over', 'latent=2:4'), cwd=cwd, said=['--search'])
         write_npz(cwd / 'tiny.npz', x_train=pictures(60)[0])
@@ -673,7 +692,7 @@ def test_a_hopeless_trial_is_stopped_early():
             code, out, _ = run(*tiny('ae', '--search', 3, '--over', 'lr=1e-5:1e-2'), cwd=cwd)
         assert code == 0 and [len(logged(cwd / 'runs' / f'ae-{i:02}')) for i in range(3)] == [2, 2, 1]
         assert 'stopped after epoch 1' in out
-        assert [line for line in out.splitlines() if line.startswith('|')][-1].endswith('| 1, stopped |')
+        assert out.splitlines()[-2].split()[-2:] == ['1', 'stopped']
 
 
 # fetch.py ----------------------------------------------------------------------------------------------------
@@ -1448,8 +1467,6 @@ def test_every_model_gives_back_exactly_its_height_and_width():
         assert model.encode(x).shape == (2, 5) and model.decode(model.encode(x)).shape == (2, C, H, W)
         out = model(x)[0] if method == 'vae' else model(x)
         assert out.shape == x.shape
-    with raises(ValueError, 'pca'):
-        nets.build('pca', 'fc', (1, 8, 8))
 
 
 def test_encoders_have_the_dimension_they_state_and_the_maps_they_compute():
@@ -2826,6 +2843,30 @@ def test_names_clock_and_live_line():
     assert [runs.clock(s) for s in (5, 75, 4000)] == ['0:05', '1:15', '1:06:40']
 
 
+def test_long_work_tells_a_terminal_how_far_it_is_and_leaves_nothing_behind():
+    x, seconds = rand(60, 4), itertools.count(0, 0.7)
+    work = {'pictures': lambda: evaluate.in_chunks(lambda v: v, torch.zeros(60, 1, 8, 8, dtype=torch.uint8), size=5),
+            'k-means': lambda: evaluate.kmeans(x, 3), 't-SNE': lambda: tsne.tsne(x, 5, 20),
+            'linear probe': lambda: evaluate.linear_probe(x, torch.arange(60) % 3, x, torch.arange(60) % 3, x),
+            'nearest neighbours': lambda: evaluate.knn(x, torch.arange(60) % 3, x)}
+    for name, f in work.items():
+        for terminal in True, False:
+            out = io.StringIO()
+            out.isatty = lambda terminal=terminal: terminal
+            with contextlib.redirect_stdout(out), mock.patch.object(runs.time, 'monotonic', lambda: next(seconds)), \
+                    mock.patch.object(evaluate, 'CHUNK', 600):
+                f()
+            lines = out.getvalue().split('\r')
+            assert terminal or not out.getvalue()
+            assert not terminal or (len(lines) > 4 and not lines[-1] and not lines[-2].strip()), (name, lines)
+            assert all(re.fullmatch(rf'{name}[^:]*: \d+%, [\d:]+ left *', line) for line in lines[1:-2]), lines
+    out = io.StringIO()                                                   # what is quick shows nothing
+    out.isatty = lambda: True
+    with contextlib.redirect_stdout(out):
+        work['nearest neighbours']()
+    assert not out.getvalue()
+
+
 def test_an_existing_run_is_not_overwritten_silently():
     done = finished('ae')
     kept = lambda: {p.name: p.read_bytes() for p in done.iterdir() if p.name != 'config.json'}
@@ -3527,6 +3568,8 @@ def test_compare_groups_seeds_by_mean_and_sample_deviation():
         assert rows['a'][:2] == ['a', '1'] and '25.0%' in rows['a'] and len(rows) == 2
         with raises(ValueError, 'nothing'):
             report.compare([f / 'nothing'])
+        with raises(ValueError, f'did you mean {f / "b-seed=1"}?'):
+            report.compare([f / 'b-sed=1'])
         assert run('--compare', cwd=f)[1] == 'runs/ holds no finished run yet\n'
     code, out, _ = run('--compare', *map(finished, ('pixels', 'ae')))
     assert code == 0 and [line.split()[0] for line in out.splitlines()] == ['method', 'pixels', 'ae', '->']
@@ -3789,6 +3832,65 @@ def test_principal_components_are_those_of_the_singular_value_decomposition_on_e
         assert close(found[:, :wanted.shape[1]].abs(), np.abs(wanted), 1e-3)
 
 
+# board.py ----------------------------------------------------------------------------------------------------
+
+class Board:
+    """Stands in for torch's SummaryWriter and keeps what it was given."""
+
+    def __init__(self, there):
+        self.there, self.scalars, self.pictures, self.features = there, {}, {}, None
+        Board.last = self
+        there.mkdir()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def add_scalar(self, name, value, epoch):
+        self.scalars[name, epoch] = value
+
+    def add_image(self, name, picture, dataformats):
+        assert len(dataformats) == picture.ndim and picture.dtype == np.uint8
+        self.pictures[name] = picture
+
+    def add_embedding(self, h, kind, x):
+        self.features = h, kind, x
+
+
+def test_tensorboard_gets_the_numbers_pictures_and_features_of_a_run_or_says_how_to_get_it():
+    with folder() as cwd:
+        done = finished('simclr')
+        write_npz(cwd / 'tiny.npz', **arrays(H=12, C=3))
+        y = [str(k) for k in arrays(H=12, C=3)['y_test']]
+        with modules(torch_utils_tensorboard=None), mock.patch.object(data, 'load', side_effect=AssertionError('work')):
+            refused(*tiny('ae', '--tensorboard'), cwd=cwd, said=['pip install tensorboard'])
+            refused('--evaluate', done, '--tensorboard', cwd=cwd, said=['pip install tensorboard'])
+        assert [p.name for p in cwd.iterdir()] == ['tiny.npz']
+        for method, pngs in ('simclr', 'views'), ('vae', 'reconstructions samples interpolation'), ('scan', ''):
+            there, more = cwd / 'runs' / method, ['--perplexity', 0]
+            with modules(torch_utils_tensorboard=mock.Mock(SummaryWriter=Board)):
+                code, _, err = run(*tiny(method, '--tensorboard', *more), cwd=cwd)
+                assert code == 0 and not err and (there / 'tensorboard').is_dir()
+                first = Board.last
+                assert run('--evaluate', there, '--tensorboard', *more, cwd=cwd)[0] == 0      # the same once more
+            assert first.scalars.keys() == Board.last.scalars.keys() and first is not Board.last
+            board, rows, m = Board.last, runs.read_log(there), runs.read_json(there / 'metrics.json')
+            for row in rows:
+                assert all(board.scalars[f'training/{k}', row['epoch']] == v for k, v in row.items()
+                           if isinstance(v, float)), (row, board.scalars)
+            wanted = {'simclr': 'knn', 'vae': 'ssim', 'scan': 'nmi'}[method]
+            assert board.scalars[f'measured/{wanted}', m['epochs']] == m[wanted]
+            assert {k.lower() for k in board.pictures} == set(pngs.split())
+            for name, picture in board.pictures.items():
+                assert np.array_equal(picture, read_png(there / f'{name.lower()}.png'))
+            h, kind, x = board.features
+            assert len(h) == len(kind) == len(x) == 40 and kind == y
+        assert run(*tiny('simclr', '--overwrite', *more), cwd=cwd)[0] == 0
+        assert not (cwd / 'runs' / 'simclr' / 'tensorboard').exists()
+
+
 # bench.py ----------------------------------------------------------------------------------------------------
 
 def test_the_benchmark_counts_what_ran_and_compares_with_an_older_one():
@@ -3914,6 +4016,112 @@ def test_predictions_are_those_of_the_model_for_npz_and_idx_files():
             refused('--predict', finished('classify'), path, said=[said])
         refused('--predict', finished('simclr'), f / 'x.npz', said=['no classifier'])
         refused('--predict', 'runs/none', f / 'x.npz', said=['runs/none'])
+
+
+# README.md ---------------------------------------------------------------------------------------------------
+
+def apply(diff, there):
+    """Apply a unified diff to the files of a folder: the counts of its hunks are right, and what they change, with its
+    context, is in one place of the file, whatever its line numbers."""
+    for part in re.split(r'^--- a/', diff, flags=re.M)[1:]:
+        path = there / part.split('\n')[0]
+        hunks = re.split(r'^@@ -\d+,(\d+) \+\d+,(\d+) @@.*\n', part, flags=re.M)[1:]
+        for *sizes, body in zip(*[iter(hunks)] * 3):
+            lines = [line if line.strip() else ' \n' for line in body.splitlines(keepends=True)]
+            old, new = ([line[1:] for line in lines if line[0] in ' ' + kind] for kind in '-+')
+            assert [len(old), len(new)] == [int(n) for n in sizes], body
+            assert path.read_text().count(''.join(old)) == 1, f'{path.name} has not once:\n{"".join(old)}'
+            path.write_text(path.read_text().replace(''.join(old), ''.join(new)))
+
+
+def test_each_change_that_the_readme_shows_is_small_applies_and_works():
+    tour = re.findall(r'```diff\n(.*?)```\n+    python ssl.py (.*?)\n', (HERE / 'README.md').read_text(), re.S)
+    small = '--epochs 1 --batch-size 60 --no-amp --perplexity 0'.split()
+    more = {'vae': [*small, '--width', 0.1, '--latent', 4], 'simclr': small, 'pixels': ['--perplexity', 0],
+            'barlow': [*small, '--width', 0.1]}
+    with folder() as cwd, contextlib.ExitStack() as stack:
+        write_npz(cwd / 'tiny.npz')
+        (cwd / 'data' / 'kmnist').mkdir(parents=True)
+        for key, name in data.IDX_NAMES.items():
+            data.write_idx(cwd / 'data' / 'kmnist' / name, arrays(K=10)[key].astype(np.uint8))
+        started = []
+        for i, (diff, words) in enumerate(tour):
+            changed = re.findall(r'^(?:[+](?![+][+])|-(?!--))', diff, re.M)
+            assert 0 < len(changed) < 20, diff
+            there = cwd / f'copy{i}'
+            there.mkdir()
+            for path in [*HERE.glob('*.py'), HERE / 'page.html']:
+                shutil.copy(path, there)
+            apply(diff, there)
+            method = words.split()[1]
+            source = [] if '--dataset' in words else ['--data', 'tiny.npz']
+            started.append(python(there / 'ssl.py', *words.split(), *more[method], *source, '--name', method, cwd=cwd))
+            stack.callback(started[-1].kill)
+        for process in started:
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0 and not err, (process.args, err)
+        def run_of(method):                                               # what is checked, with what is known here
+            there = cwd / 'runs' / method
+            return runs.read_config(there), measured(there), runs.read_log(there)
+        x_val = data.to_float(data.load(cwd / 'tiny.npz').x_train[data.split(120, 5000, 0)[1]])
+        g = data.generator('cpu', 0, 'val', 0)
+        config, _, rows = run_of('vae')
+        vae = stages.load_model(cwd / 'runs/vae', config, torch.device('cpu')).eval()
+        with torch.no_grad():
+            mean = torch.sigmoid(vae(x_val, g)[0])
+        laplace = torch.distributions.Laplace(mean, 0.5).log_prob(x_val)
+        assert close(rows[-1]['recon'], -laplace.flatten(1).sum(1).mean(), 1e-4)
+        assert run_of('simclr')[1]['features'] == 256 and run_of('simclr')[0]['args']['net'] == 'convmixer'
+        config, m, _ = run_of('pixels')
+        assert config['data']['classes'] == 'o ki su tsu na ha ma ya re wo'.split() and m['features'] == 120
+        config, m, rows = run_of('barlow')
+        assert config['args']['crop'] == 0.3 and 'tau' not in config['args'] and m['epochs'] == 1
+        net = nets.build('simclr', 'resnet', (1, 10, 12), 0.1).eval()
+        net.load_state_dict(runs.load_checkpoint(cwd / 'runs/barlow/checkpoint.pt')['model'])
+        views = data.augment(torch.cat([x_val, x_val]), data.Views(), data.generator('cpu', 0, 'val', 0))
+        with torch.no_grad():
+            z = net(views).double().numpy()
+        c = np.corrcoef(z[:len(x_val)].T, z[len(x_val):].T)[:z.shape[1], z.shape[1]:]
+        off = c - np.diag(np.diag(c))
+        assert close(rows[-1]['val_loss'], ((1 - np.diag(c)) ** 2).sum() + 0.005 * (off ** 2).sum(), 1e-3)
+        assert (cwd / 'runs/barlow/views.png').exists()
+
+
+def test_the_code_of_the_notebook_runs_as_plain_python_and_its_pictures_are_inside():
+    book, seen = json.loads((HERE / 'tour.ipynb').read_text()), []
+    code = [''.join(cell['source']) for cell in book['cells'] if cell['cell_type'] == 'code']
+    assert len(code) > 5 and all('outputs' in cell for cell in book['cells'] if cell['cell_type'] == 'code')
+    stored = [out['data']['image/png'] for cell in book['cells'] for out in cell.get('outputs', ()) if 'data' in out]
+    with folder() as cwd:
+        for i, picture in enumerate(stored):
+            (cwd / f'{i}.png').write_bytes(base64.b64decode(picture))
+            assert read_png(cwd / f'{i}.png').std() > 10
+        for key, name in data.IDX_NAMES.items():
+            data.write_idx(cwd / name, arrays(200, H=14, W=14, K=10)[key].astype(np.uint8))
+        space, out = {'__name__': '__main__'}, io.StringIO()
+        with mock.patch.object(data, 'find_fashion_mnist', return_value=cwd), contextlib.redirect_stdout(out), \
+                modules(IPython_display=None), \
+                mock.patch.object(report, 'png', lambda picture, real=report.png: seen.append(real(picture))):
+            for cell in code:
+                exec(compile(cell, 'tour.ipynb', 'exec'), space)
+    said = out.getvalue()
+    by_hand, ours = map(float, re.search(r'by hand ([\d.]+), losses.nt_xent ([\d.]+)', said).groups())
+    losses_said = [float(v) for v in re.findall(r'epoch \d: loss ([\d.]+)', said)]
+    assert abs(by_hand - ours) < 1e-5 and losses_said[3] < losses_said[0] and losses_said[7] < losses_said[4]
+    assert len(seen) == len(stored) == 4 and all(blob.startswith(b'\x89PNG') for blob in seen)
+    assert re.search(r'SimCLR: 64 features, ACC [\d.]+, NMI', said) and re.search(r'autoencoder: MSE [\d.]+, SS', said)
+
+
+def test_the_snippet_that_made_the_picture_of_the_readme_runs():
+    code, = re.findall(r'```python\n(.*?)```', (HERE / 'README.md').read_text(), re.S)
+    with folder() as cwd, inside(cwd), mock.patch.object(data, 'find_fashion_mnist', return_value=cwd):
+        for method in 'conv', 'scan':
+            shutil.copytree(finished(method), cwd / 'runs' / f'full-{method}-seed=0')
+        for key, name in data.IDX_NAMES.items():
+            data.write_idx(cwd / name, arrays()[key].astype(np.uint8))
+        exec(compile(code, 'README.md', 'exec'), {})
+        assert read_png(cwd / 'pictures.png').shape == (2 + 14 * 12, 2 + 20 * 14)
+    assert read_png(HERE / 'pictures.png').shape == (2 + 14 * 30, 2 + 20 * 30)
 
 
 # -------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import math
 import torch
 
 import evaluate
+from runs import progress
 
 
 def conditional(x, perplexity):
@@ -61,6 +62,7 @@ def tsne(x, perplexity=30.0, steps=500):
     y = evaluate.principal(x.float())
     y = 1e-4 * y / y[:, 0].std().clamp(min=1e-30)
     speed, gains, lr = torch.zeros_like(y), torch.ones_like(y), max(50.0, len(x) / 48)
+    at = progress('t-SNE', steps)
     for step in range(steps):
         early = step < steps // 4
         slope = gradient(12 * P if early else P, y)
@@ -68,4 +70,5 @@ def tsne(x, perplexity=30.0, steps=500):
         speed = (0.5 if early else 0.8) * speed - lr * gains * slope
         y = y + speed
         y = y - y.mean(0)
+        at(step + 1)
     return y, kl(P, y)
