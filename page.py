@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import math
+import re
 from html import escape
 from pathlib import Path
 
@@ -140,6 +141,14 @@ def chart(title, series, x_label, y_label, whole=True):
             + legend(series) + details('numbers', grid(rows, [x_label, *series])) + '</div>')
 
 
+def alone(drawn):
+    """The first <svg> of a part of a page as the bytes of a file of its own, with the page's style and shapes."""
+    frame = Path(__file__).with_name('page.html').read_text(encoding='utf-8')
+    style, shapes = (re.search(f'<{tag}>.*?</{tag}>', frame, re.S)[0] for tag in ('style', 'defs'))
+    box, inside = re.search('<svg( viewBox="[^"]*")[^>]*>(.*?)</svg>', drawn, re.S).groups()
+    return f'<svg xmlns="http://www.w3.org/2000/svg"{box}>{style}{shapes}{inside}</svg>\n'.encode()
+
+
 # ------------------------------------------------------------------------------------- the page of a run
 
 UNIT = {'ae': 'squared error per pixel', 'conv': 'squared error per pixel', 'vae': 'nats per picture'}      # else nats
@@ -179,6 +188,10 @@ def write(folder, config, metrics, shown, classes, perplexity=30.0):
     parts += [feature_maps(shown, names, perplexity, args['seed']), confusion(metrics, classes),
               most_wrong(shown, names), clusters(shown, names, args['seed']), queries(shown, classes, metrics)]
     runs.write_atomic(folder / 'report.html', page(folder.name, *parts))
+    for name, drawn in (('confusion', matrix(metrics, classes)), ('iterations', next(
+            (c for c, (title, _, _) in zip(charts, CURVES) if c and title == 'Clusters against classes'), ''))):
+        if drawn:
+            runs.write_atomic(folder / f'{name}.svg', alone(drawn))
 
 
 def what_was_run(config, metrics):
@@ -243,21 +256,32 @@ def scatter(title, points, kind, x_label, y_label, numbers=True):
 
 
 def confusion(metrics, classes):
-    """Confusion matrix with its numbers, as far as it can be read, and F1 of each class."""
+    """Confusion matrix with its numbers and F1 of each class."""
     if 'confusion' not in metrics:
         return ''
-    def row(k, name, counts):
-        shades = (0.6 * n / max(1, sum(counts)) for n in counts)
-        return f'<tr><th>{text(name if name == str(k) else f"{k} {name}")}</th>' + ''.join(
-            f'<td style="background:rgba(var(--tint),{s:.3f})">{n}</td>' for s, n in zip(shades, counts)) + '</tr>'
-    head = ''.join(f'<th>{k}</th>' for k in range(len(classes)))
-    body = ''.join(row(k, *both) for k, both in enumerate(zip(classes, metrics['confusion'])))
-    matrix = (f'<div class="card scroll"><table class="matrix"><thead><tr><th></th>{head}</tr></thead>'
-              f'<tbody>{body}</tbody></table></div>' if len(classes) <= 30 else
-              f'<p>{len(classes)} classes are too many to print; the matrix is in metrics.json.</p>')
+    drawn = matrix(metrics, classes) or (f'<p>{len(classes)} classes are too many to print; the matrix is in '
+                                         'metrics.json.</p>')
     return section('Confusion and F1 by class', '<p>Rows are the true class, columns the predicted one; numbers are '
                    'pictures, the shade their share of the row. F1 is the harmonic mean of precision and recall.</p>'
-                   '<div class="grid wide">', matrix, bars('F1', classes, metrics['f1']), '</div>')
+                   '<div class="grid wide">', f'<div class="card scroll">{drawn}</div>',
+                   bars('F1', classes, metrics['f1']), '</div>')
+
+
+def matrix(metrics, classes):
+    """The confusion matrix as an SVG: rows are the true class, columns the predicted one, the shade is the share of the
+    row; '' where there is none or the classes are too many to read."""
+    if 'confusion' not in metrics or len(classes) > 30:
+        return ''
+    drawn, size = '', 110 + 30 * len(classes)
+    for k, (name, counts) in enumerate(zip(classes, metrics['confusion'])):
+        y = 24 + 30 * k
+        drawn += (f'<text class="end" x="100" y="{y + 19}">{text(str(name)[:16])}</text>'
+                  f'<text class="mid" x="{125 + 30 * k}" y="16">{k}</text>')
+        for at, n in enumerate(counts):
+            x, share = 110 + 30 * at, 0.6 * n / max(1, sum(counts))
+            drawn += (f'<rect x="{x}" y="{y}" width="29" height="29" style="fill:rgba(var(--tint),{share:.3f})"/>'
+                      f'<text class="mid count" x="{x + 15}" y="{y + 19}">{n}</text>')
+    return f'<svg viewBox="0 0 {size} {size - 80}" style="min-width:{size // 2 + 80}px">{drawn}</svg>'
 
 
 def most_wrong(shown, names, n=24):

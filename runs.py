@@ -123,7 +123,7 @@ class Run:
             config = self._merge(read_config(self.folder), config, typed)
         else:
             for old in ('log.jsonl', 'metrics.json', 'predictions.csv', 'predictions.npz', 'wanted.csv', 'wanted.png',
-                        'report.html', 'labels.previous.sqlite-journal', '*.pt'):
+                        'report.html', '*.svg', 'labels.previous.sqlite-journal', '*.pt'):
                 for path in self.folder.glob(old):
                     path.unlink()
             shutil.rmtree(self.folder / 'tensorboard', ignore_errors=True)

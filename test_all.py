@@ -3627,9 +3627,10 @@ def test_pages_are_well_formed_stand_alone_and_hold_what_each_method_has_to_show
         shown = [embedded(i.get('src')) for i in tree.iter('img')][:len(own)]
         assert all(np.array_equal(a, read_png(there / f'{stem}.png')) for a, stem in zip(
             shown, [stem for stem in drawn if (there / f'{stem}.png').exists()]))
-        matrix = next(t for t in tree.iter('table') if t.get('class') == 'matrix')
-        cells = [[int(td.text) for td in tr.iter('td')] for tr in matrix.find('tbody')]
-        assert cells == measured(there)['confusion'], method
+        for drawing in tree, xml.etree.ElementTree.parse(there / 'confusion.svg').getroot():
+            cells = [int(t.text) for t in drawing.iter() if t.get('class') == 'mid count']
+            assert cells == list(itertools.chain(*measured(there)['confusion'])), method
+        assert (there / 'iterations.svg').exists() == (method in ('cluster', 'scan'))
         tables = [[[c.text for c in tr] for tr in t.iter('tr')] for t in tree.iter('table')]
         if method in TRAINED:
             loss = [float(f'{row["loss"]:.5g}') for row in logged(there) if 'loss' in row]
