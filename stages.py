@@ -5,6 +5,7 @@ Here, in the recipes and in ssl.py `args` is known, the namespace of all flags; 
 import argparse
 import math
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -82,9 +83,19 @@ def read_encoder(folder, shape):
     return {key: config[key] for key in ('args', 'data', 'encoder') if key in config}
 
 
+@contextmanager
+def believing(folder):
+    """What is done in the block with the config.json of a run folder may fail: somebody else may have written it."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as e:
+        raise ValueError(f'{folder}/config.json describes nothing that is here ({" ".join(str(e).split())})') from None
+
+
 def load_model(folder, config, device):
     """The network of a run folder, as trained."""
-    model = network_of(config, device)
+    with believing(folder):
+        model = network_of(config, device)
     return load_weights(model, folder) if 'lr' in config['args'] else model
 
 
@@ -110,7 +121,8 @@ def reopen(folder, device):
 def data_of(folder, config):
     """The data set that a run was made from."""
     args = argparse.Namespace(**config['args'])
-    ds = load(args)
+    with believing(folder):
+        ds = load(args)
     if ds.digest != config['data']['digest']:
         raise ValueError(f'{folder} was made from other data than '
                          f'{args.data or getattr(args, "dataset", None) or "Fashion-MNIST here"}')
