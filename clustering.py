@@ -92,8 +92,8 @@ class Clustering:
 
     def last(self):
         """Number of the iteration after which nothing is assigned anew, or None while that isn't known."""
-        done = sorted(self.run.folder.glob('iteration-*.pt'))
-        return len(done) - 1 if done and runs.load_checkpoint(done[-1])['row']['last'] else None
+        done = len(list(self.run.folder.glob('iteration-*.pt')))
+        return done - 1 if done and runs.load_checkpoint(self.file(done - 1))['row']['last'] else None
 
     def assign(self, now):
         """Assign all pictures and write that down, with the weights it came from."""

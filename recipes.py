@@ -59,7 +59,7 @@ def main(args, typed, defaults):
     except (RuntimeError, MemoryError) as e:
         if 'deterministic implementation' in str(e):
             raise ValueError(f'--deterministic can not be had: {str(e).split(". ")[0].split(", ")[0]}') from None
-        if isinstance(e, MemoryError) or 'memory' in str(e):
+        if isinstance(e, MemoryError) or 'memory' in str(e) or 'bad_alloc' in str(e):
             raise ValueError('out of memory; try a smaller --batch-size, --width or --limit') from None
         if distributed.world() > 1 and 'peer' in str(e):
             raise ValueError('another process of the group has ended; --resume continues from the last '

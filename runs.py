@@ -30,7 +30,8 @@ except ImportError:                                    # Windows has no flock; t
 
 HERE = {'name', 'resume', 'overwrite', 'device', 'save_every', 'perplexity'}   # how a run is run, not what it is
 CHECKPOINTS = ('checkpoint.new.pt', 'checkpoint.pt', 'checkpoint.previous.pt')      # newest first
-FREE = HERE | {'epochs', 'answers'}                                  # what may change on resume
+MAY_CHANGE = ('epochs', 'answers', 'device', 'save_every', 'perplexity')            # on resume
+FREE = HERE | set(MAY_CHANGE)
 
 
 def write_atomic(path, blob):
@@ -160,7 +161,8 @@ class Run:
         for key in sorted(set(typed) - FREE):
             if before.get(key) != new['args'][key]:
                 raise ValueError(f'{self.folder} was started with {flag(key, before.get(key))}, not '
-                                 f'{flag(key, new["args"][key])}, which can not change on --resume; use another --name')
+                                 f'{flag(key, new["args"][key])}, which can not change on --resume; use another --name '
+                                 f'({", ".join(flag(k, "").strip() for k in MAY_CHANGE)} may change)')
         if old['data']['digest'] != new['data']['digest']:
             raise ValueError(f'{self.folder} was started on other data (its digest differs); use another --name')
         kept = {k: v for k, v in before.items() if k not in typed and k not in HERE}
@@ -175,7 +177,10 @@ class Run:
 
     @property
     def finished(self):
-        return (self.folder / 'metrics.json').exists()
+        try:
+            return read_json(self.folder / 'metrics.json') is not None
+        except (ValueError, FileNotFoundError):        # torn: the run is measured again
+            return False
 
     def log(self, row):
         """Append one line to log.jsonl."""

@@ -188,7 +188,7 @@ else:
         flag(g, '--device', 'cuda, cuda:1, mps or cpu (default: the best there is)', metavar='NAME')
         flag(g, '--seed', 'of weights, split, order, augmentation', type=number(int, 0, 2**31 - 1), metavar='N')
         flag(g, '--deterministic', 'only algorithms that give the same bits each time, on CUDA too; slower',
-             action='store_true')
+             action=argparse.BooleanOptionalAction)
         flag(g, '--perplexity', 'of the t-SNE in report.html, about how many neighbours a picture has; 0 is no t-SNE',
              type=number(float, 0, 1e4), metavar='N')
 
@@ -341,10 +341,11 @@ else:
 # --------------------------------------------------------------------------------------- commands
 
     def main(argv=None):
-        args, typed, defaults = parse(argv)
+        sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))   # noqa: SIM115
         try:
+            given = parse(argv)
             import recipes                                 # torch comes with it: only once the arguments are right
-            code = recipes.main(args, typed, defaults)
+            code = recipes.main(*given)
             sys.stdout.flush()
             return code
         except BrokenPipeError:

@@ -89,7 +89,8 @@ def believing(folder):
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as e:
-        raise ValueError(f'{folder}/config.json describes nothing that is here ({" ".join(str(e).split())})') from None
+        why = ' '.join(str(e).split())[:200]
+        raise ValueError(f'{folder}/config.json describes nothing that is here ({why})') from None
 
 
 def load_model(folder, config, device):

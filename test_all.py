@@ -200,7 +200,8 @@ def tiny(method, *more):
 
 
 UNLABELLED = ('ae', 'conv', 'vae', 'simclr')
-TRAINED = (*UNLABELLED, 'classify', 'query', 'cluster', 'scan')
+HEADED = ('classify', 'query', 'cluster', 'scan')
+TRAINED = (*UNLABELLED, *HEADED)
 
 
 def only_training():
@@ -451,7 +452,7 @@ def test_every_training_flag_changes_what_is_trained():
              'val': dict.fromkeys(UNLABELLED, 1)}
     elsewhere = {'oracle', 'answers', 'classes', 'patience', 'min_delta', 'save_every', 'method', 'evaluate', 'compare',
                  'show_views', 'fetch', 'search', 'over', 'data', 'dataset', 'name', 'resume', 'overwrite', 'device',
-                 'encoder', 'until', 'stable', 'perplexity', 'export', 'predict', 'list'}
+                 'encoder', 'until', 'stable', 'perplexity', 'export', 'predict', 'list', 'deterministic'}
     assert set(other) | elsewhere == set(flags()), 'a flag without a test'
     with folder() as cwd, only_training():
         x, y = pictures(45, 8, 8)
@@ -2758,7 +2759,9 @@ def test_what_may_not_change_on_resume_is_named():
         flags = ['--method', 'vae', '--name', 'vae', '--data', 'tiny.npz', '--resume']
         for dest, old, new in (('lr', cli.PER_METHOD['lr']['vae'], 0.5), ('beta', 1.0, 3.0), ('method', 'vae', 'conv'),
                                ('seed', 0, 1), ('val', 5000, 9), ('net', 'resnet', 'fc'), ('batch-size', 40, 7)):
-            refused(*flags, '--' + dest, new, cwd=cwd, said=[f'with --{dest} {old}, not --{dest} {new}'])
+            refused(*flags, '--' + dest, new, cwd=cwd, said=[f'with --{dest} {old}, not --{dest} {new}', '--epochs, '
+                    '--answers, --device, --save-every, --perplexity may change'])
+        refused(*flags, '--deterministic', cwd=cwd, said=['with --no-deterministic, not --deterministic'])
         shutil.copy(cwd / 'other.npz', cwd / 'tiny.npz')
         refused(*flags, cwd=cwd, said=['other data'])
         refused('--evaluate', 'runs/vae', cwd=cwd, said=['other data'])
@@ -3046,6 +3049,79 @@ def test_real_processes_killed_or_stopped_are_resumed_and_guarded_while_alive():
             assert_same_run(cwd / 'runs' / method, finished(method))
 
 
+def test_every_method_can_do_with_deterministic_algorithms_alone_and_resumes_with_them():
+    posix()
+    seen, fit = [], train.fit
+    def spy(*given, **more):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return fit(*given, **more)
+    with folder() as cwd, mock.patch.object(train, 'fit', spy):
+        write_npz(cwd / 'tiny.npz')
+        for method in TRAINED:
+            with stopping(signal.SIGTERM):
+                assert run(*tiny(method), '--deterministic', cwd=cwd)[0] == 130
+            assert run(*tiny(method, '--resume'), cwd=cwd)[0] == 0          # it is kept
+            assert_same_run(cwd / 'runs' / method, finished(method))
+        assert seen == [True] * 2 * len(TRAINED) and os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'
+        assert run(*tiny('ae'), '--overwrite', cwd=cwd)[0] == 0 and seen[-1] is False
+        words = 'f_cuda does not have a deterministic implementation, but you set. You can'
+        with mock.patch.object(stages, 'objective_of', side_effect=RuntimeError(words)):
+            refused(*tiny('ae'), '--overwrite', '--deterministic', cwd=cwd, said=['--deterministic', 'f_cuda'])
+
+
+def test_too_little_memory_is_one_sentence_of_advice():
+    allocator = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000"
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        for e in (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), RuntimeError(allocator),
+                  RuntimeError('std::bad_alloc'), MemoryError()):
+            with mock.patch.object(stages, 'objective_of', lambda args, e=e: mock.Mock(side_effect=e)):
+                refused(*tiny('simclr'), '--overwrite', cwd=cwd, said=['out of memory; try a smaller --batch-size'])
+
+
+def test_a_folder_that_can_not_be_written_a_full_disk_and_no_network_are_one_sentence():
+    posix()
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        for f in cwd, cwd / 'tiny.npz', cwd.parent:
+            os.chmod(f, f.stat().st_mode | 0o055)
+        os.chmod(cwd, 0o555)
+        was = os.geteuid()
+        try:
+            if was == 0:
+                os.seteuid(65534)                                         # root may write anywhere
+            for method in 'ae', 'query', 'scan':
+                refused(*tiny(method), cwd=cwd, said=['Permission denied', 'runs'])
+        finally:
+            os.seteuid(was)
+            os.chmod(cwd, 0o755)
+        for method, size in itertools.product(TRAINED, (0, 300, 3000)):   # config.json, the labels, the checkpoint
+            with full_disk(size):
+                code, _, err = run(*tiny(method, '--name', f'{method}{size}'), cwd=cwd)
+            assert code == 2 and err.count('\n') == 1 and 'Traceback' not in err, (method, size, err)
+            assert not list((cwd / 'runs').glob('*/*.tmp'))
+        for method in 'query', 'scan':
+            assert run(*tiny(method, '--name', f'{method}3000', '--resume'), cwd=cwd)[0] == 0
+            assert_same_run(cwd / 'runs' / f'{method}3000', finished(method))
+        with mock.patch.object(fetch, 'open_url', side_effect=urllib.error.URLError('no network')), \
+                mock.patch.object(data, 'DEBIAN', cwd):
+            for name in 'fashion-mnist', 'stl10':
+                refused('--fetch', '--dataset', name, cwd=cwd, said=['could not be downloaded', 'no network'])
+            refused('--method', 'ae', cwd=cwd, said=['could not be downloaded'])
+
+
+def test_a_torn_metrics_file_is_measured_again():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        for method in 'vae', 'query', 'scan':
+            shutil.copytree(finished(method), there := cwd / 'runs' / method)
+            blob = (there / 'metrics.json').read_bytes()
+            (there / 'metrics.json').write_bytes(blob[:len(blob) // 2])
+            code, out, err = run(*tiny(method), '--resume', cwd=cwd)
+            assert code == 0 and not err and 'already' not in out, err
+            assert_same_run(there, finished(method))
+
+
 def test_a_closed_pipe_is_no_traceback():
     reader, writer = os.pipe()
     os.close(reader)
@@ -3107,18 +3183,40 @@ def test_permuting_labels_changes_no_weight_no_loss_and_no_picture():
             assert logged(a) == logged(b) and drawn(a) == drawn(b) and measured(a) != measured(b)
 
 
+def test_permuting_training_labels_changes_no_cluster():
+    rng = np.random.default_rng(0)
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz', **{k: rng.permutation(v) if k[0] == 'y' else v for k, v in arrays().items()})
+        for method in 'cluster', 'scan':
+            assert run(*tiny(method), cwd=cwd)[0] == 0
+            a, b = cwd / 'runs' / method, finished(method)
+            names = sorted(p.name for p in b.glob('*.pt'))
+            assert sorted(p.name for p in a.glob('*.pt')) == names and len(names) >= 6
+            for name in names:
+                states = [runs.load_checkpoint(there / name) for there in (a, b)]
+                for s in states:                                          # scores stand in the row, to be looked at
+                    s['seconds'], row = 0, s.get('row', {})
+                    assert not row or [row.pop(key) for key in ('acc', 'nmi', 'ari', 'purity')]
+                assert runs.state_digest(states[0]) == runs.state_digest(states[1]), name
+            assert measured(a)['sizes'] == measured(b)['sizes'] and measured(a)['acc'] != measured(b)['acc']
+
+
 def test_permuting_test_labels_changes_nothing_but_the_final_scores():
-    scores = {'knn', 'probe', 'f1', 'confusion', 'kmeans_acc', 'kmeans_nmi', 'kmeans_ari', 'kmeans_purity'}
+    scores = {'knn', 'probe', 'f1', 'confusion', 'kmeans_acc', 'kmeans_nmi', 'kmeans_ari', 'kmeans_purity', 'accuracy',
+              'acc', 'nmi', 'ari', 'purity'}
     original = arrays()
     with folder() as cwd:
         write_npz(cwd / 'tiny.npz', **{**original, 'y_test': np.random.default_rng(0).permutation(original['y_test'])})
-        assert run(*tiny('simclr'), cwd=cwd)[0] == 0
-        a, b = cwd / 'runs' / 'simclr', finished('simclr')
-        assert runs.state_digest(weights(a)) == runs.state_digest(weights(b))
-        assert logged(a) == logged(b) and drawn(a) == drawn(b)
-        a_metrics, b_metrics = measured(a), measured(b)
-        assert {k for k in b_metrics if a_metrics[k] != b_metrics[k]} <= scores and a_metrics['knn'] != b_metrics['knn']
-        assert runs.read_json(a / 'config.json') == runs.read_json(b / 'config.json')
+        for method in cli.METHODS:
+            assert run(*tiny(method), cwd=cwd)[0] == 0
+            there = cwd / 'runs' / method, finished(method)
+            files, metrics = [results(f) for f in there], [measured(f) for f in there]
+            differ = {name for name in {*files[0], *files[1]} if files[0].get(name) != files[1].get(name)}
+            assert differ == {'metrics.json'}, (method, differ)
+            assert metrics[0].keys() == metrics[1].keys()
+            assert {'confusion'} < {k for k in metrics[0] if metrics[0][k] != metrics[1][k]} <= scores, method
+            configs = [runs.read_config(f) for f in there]
+            assert configs[0] == {**configs[1], 'command': configs[0]['command']}
 
 
 def test_evaluate_gives_the_measures_and_pictures_of_the_finished_run_again():
@@ -3285,6 +3383,21 @@ def test_pictures_without_labels_or_test_set_in_colour_and_odd_sizes_can_be_lear
             assert m['left_out'] == ['knn', 'probe', 'kmeans'] and 'knn' not in m
 
 
+def test_one_class_or_one_that_is_missing_is_learned_and_one_picture_is_refused():
+    for y in 0, 5, None:
+        with folder() as cwd:
+            a = arrays(40, 20)
+            for key in 'y_train', 'y_test':
+                a[key] = a[key] * 2 if y is None else np.full_like(a[key], y)    # or 0, 2, 4: no 1, no 3
+            write_npz(cwd / 'tiny.npz', **a)
+            for method in cli.METHODS:
+                code, out, err = run(*tiny(method), cwd=cwd)
+                assert code == 0 and not err and 'nan' not in out, (y, method, err)
+            write_npz(cwd / 'tiny.npz', x_train=a['x_train'][:1])
+            for method in cli.METHODS:
+                refused(*tiny(method), '--name', 'x', cwd=cwd, said=['1 pictures', 'at least 20'])
+
+
 def test_fewer_pictures_than_a_batch_and_a_last_batch_of_one_are_learned():
     with folder() as cwd:
         for n, batch, H in (20, 512, 8), (27, 8, 8), (27, 2, 8):
@@ -3294,6 +3407,12 @@ def test_fewer_pictures_than_a_batch_and_a_last_batch_of_one_are_learned():
                 code, out, err = run(*tiny(method), '--batch-size', batch, '--overwrite', cwd=cwd)
                 assert code == 0 and not err, (n, batch, method, err)
                 assert len(logged(cwd / 'runs' / method)) == 2 and 'nan' not in out, (n, batch, method, out)
+            for method in HEADED:
+                flags = tiny(method, '--batch-size', batch, '--overwrite', '--name', 'few')
+                code, out, err = run(*flags, *['--neighbours', 10 ** 9] * (method in ('cluster', 'scan')), cwd=cwd)
+                assert code == 0 and not err and 'nan' not in out, (n, batch, method, err)
+        for method in 'cluster', 'scan':
+            refused(*tiny(method), '--clusters', 14, '--name', 'x', cwd=cwd, said=['14', '27'])
         write_npz(cwd / 'tiny.npz', x_train=x, x_test=x[:1])
         for more in [], ['--val', 1], ['--latent', 1]:                    # of rank 1 at most, but not collapsed
             code, out, err = run(*tiny('conv'), '--overwrite', *more, cwd=cwd)
@@ -3972,6 +4091,14 @@ def test_small_files_that_ask_for_much_memory_are_refused_before_they_get_it():
             assert time.monotonic() - began < 5 and memory() - before < 30e6, (name, memory() - before)
 
 
+def test_runs_broken_at_random_and_resumed_equal_their_unbroken_twins():
+    posix()
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = soak(0.15)
+    assert code == 0 and 'runs differ or failed: 0 bytes lost' in out.getvalue(), out.getvalue()
+
+
 def test_spoilt_files_of_every_format_are_read_or_refused_in_one_sentence():
     posix()
     counts = fuzz(10_400)
@@ -4071,7 +4198,7 @@ def soak(minutes):
              'query, random': tiny('query', '--pick', 'random', '--closing', 1)}
     with folder() as cwd:
         write_npz(cwd / 'tiny.npz')
-        run(*tiny('ae', '--name', 'warm'), cwd=cwd)                       # torch puts imports off: once, not in each fork
+        run(*tiny('ae', '--name', 'warm'), cwd=cwd)          # what torch imports late is then there in each fork
         while time.monotonic() < until:
             kind = list(kinds)[rng.integers(len(kinds))]
             words, there = [*kinds[kind], '--name', 'r', '--resume', '--perplexity', 0], cwd / 'runs' / 'r'
