@@ -72,8 +72,8 @@ def query(run, args, ds, device, trial=None):
     say most, until the budget is spent or the accuracy reached; then close, and score on the test set."""
     if args.oracle == 'data' and ds.y_train is None:
         raise ValueError('--method query needs labels to reveal, and the data has no y_train; --oracle web asks you')
-    if args.oracle != 'data' and len(ds.classes) < 2:
-        raise ValueError(f'--oracle {args.oracle} needs two classes or more, and the data names {len(ds.classes)}; '
+    if len(ds.classes) < 2:
+        raise ValueError(f'--method query needs two classes or more, and the data names {len(ds.classes)}; '
                          'say for instance --classes cat,dog,other')
     if args.oracle != 'data' and distributed.world() > 1:
         raise ValueError(f'--oracle {args.oracle} works with one process only')

