@@ -186,6 +186,8 @@ class Run:
         """Append one line to log.jsonl."""
         with open(self.folder / 'log.jsonl', 'a') as f:
             f.write(json.dumps(_finite(row)) + '\n')
+            f.flush()
+            os.fsync(f.fileno())                       # before the checkpoint that counts this epoch as done
 
     def trim_log(self, epochs):
         """Drop rows after `epochs` finished epochs, and a torn last line: they will be written again."""

@@ -653,6 +653,8 @@ def test_a_search_scores_on_validation_and_its_best_command_gives_the_best_run_a
         code, again, err = run(*flags, '--resume', cwd=cwd)               # nothing is trained twice
         assert code == 0 and again.splitlines()[-6:] == out.splitlines()[-6:] and 'epoch 1/' not in again
         assert run('--compare', cwd=cwd)[0] == 0
+        (cwd / 'runs' / 'ae-00' / 'log.jsonl').write_text('{"epoch": 1, "loss": 2}\n{"ep')
+        refused(*flags, '--resume', cwd=cwd, said=['ae-00/log.jsonl'])
         for method in 'simclr', 'classify', 'query':
             code, out, err = run(*tiny(method, '--search', 2, '--over', 'lr=1e-5:1e-2'), cwd=cwd)
             assert code == 0 and not err and len(list((cwd / 'runs').glob(f'{method}-0?/metrics.json'))) == 2
