@@ -55,9 +55,13 @@ class LabelDatabase:
         def whole(most):
             return f"{{0}} IS NULL OR typeof({{0}}) = 'integer' AND {{0}} BETWEEN 0 AND {most - 1}"
         share = "{0} IS NULL OR typeof({0}) IN ('real', 'integer') AND {0} BETWEEN 0 AND 1"
+        def believed(rule):                                                  # what was believed is there whole or not
+            return f'({rule}) AND ({{0}} IS NULL) = (guess IS NULL)'
+        text = "{0} IS NULL OR typeof({0}) = 'text'"
         wanted = {'queries': {'id': whole(pictures), 'label': whole(classes), 'round': whole(1 << 40),
-                              'guess': whole(classes), 'confidence': share, 'agreed': whole(2), 'audit': whole(2)},
-                  'undone': {'id': whole(pictures), 'label': whole(classes)},
+                              'guess': whole(classes), 'confidence': believed(share), 'agreed': believed(whole(2)),
+                              'audit': believed(whole(2)), 'number': whole(1 << 40), 'time': text},
+                  'undone': {'id': whole(pictures), 'label': whole(classes), 'answered': text, 'time': text},
                   'rounds': {'round': whole(1 << 40), 'asked': whole(1 << 40), 'estimate': share}}
         if (found := self.db.execute('PRAGMA integrity_check(1)').fetchone()[0]) != 'ok':
             raise sqlite3.DatabaseError(found)

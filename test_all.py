@@ -3984,9 +3984,10 @@ def formats_of_files(f, rng):
         ids, y = paid.revealed()
         assert ((0 <= ids) & (ids < 1000)).all() and ((0 <= y) & (y < 3)).all()
         paid.asked(), paid.history(), paid.tally(0), paid.last(1), paid.surprises(0), page.estimates(paid.rounds())
-        paid.reveal([5, 7], 3)
-        paid.answer((paid.unanswered(1) or [8])[0], 1, 1)
-        assert len(paid.revealed()[0]) >= 2
+        with contextlib.suppress(sqlite3.Error):                          # of which recipes.main makes one sentence
+            paid.reveal([5, 7], 3)
+            paid.answer((paid.unanswered(1) or [8])[0], 1, 1)
+            assert len(paid.revealed()[0]) >= 2
         paid.db.close()
     paid = labels.LabelDatabase(f / 'fuzz.sqlite', lambda ids: [i % 3 for i in ids], 99, 'abc')
     paid.reveal(range(30, 60), 0, [(1, 0.5, 1, 0)] * 30, 0.4)
@@ -4004,7 +4005,7 @@ def formats_of_files(f, rng):
             with inside(home()), mock.patch.object(data, 'find', side_effect=ValueError('--data is missing')):
                 stages.data_of(there, config)
             report.compare([there])
-            assert config == plain or '"sha256"' not in path.read_text()
+            assert config == plain or json.loads(path.read_text()).get('sha256') is None     # as an older run's
         yield f'config.json of {method}', there / 'config.json', [json.dumps(config).encode()] + [
             strange_json(of, rng) for of in (config, plain) for _ in range(20)], again
         runs.write_json(there / 'config.json', config)
