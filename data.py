@@ -59,8 +59,9 @@ def read_idx(path):
                 raise ValueError(f'{path} announces {len(shape)} dimensions; wanted 32 at most')
             dtype = np.dtype(IDX_TYPES[head[2]])
             wanted = math.prod(shape) * dtype.itemsize
-            if wanted > MAX_BYTES:
-                raise ValueError(f'{path} announces {wanted:,} bytes for shape {shape}; is it damaged?')
+            if wanted > MAX_BYTES or wanted > free_memory(torch.device('cpu')) // 2:       # it is copied once
+                raise ValueError(f'{path} announces {wanted:,} bytes for shape {shape}, more than memory has; is it '
+                                 'damaged?')
             body = _read_at_most(f, wanted + 1)
         except (EOFError, zlib.error, gzip.BadGzipFile) as e:
             raise ValueError(f'{path} is broken gzip ({e}); fetch it again') from None
@@ -121,6 +122,11 @@ class Dataset:
             for start in range(0, 0 if t is None else len(t), 1000):           # never all of a memory map at once
                 sha.update(t[start:start + 1000].numpy())
         return sha.hexdigest()
+
+    @property
+    def key(self):
+        """What a labels.LabelDatabase of it has to fit: its digest, how many pictures, how many classes."""
+        return self.digest, len(self.x_train), len(self.classes)
 
     def labelled(self, ids=None):
         """Those of the ids, by default all, of training pictures that have a label."""
@@ -211,8 +217,8 @@ def _read_npz(path, keys=tuple(IDX_NAMES)):
     """Arrays of an .npz, of the keys that it has; pickles inside are refused, and so are more bytes than MAX_BYTES."""
     try:
         with zipfile.ZipFile(path) as z:
-            if sum(i.file_size for i in z.infolist()) > MAX_BYTES:
-                raise ValueError(f'{path} unpacks to more than {MAX_BYTES >> 30} GiB')
+            if (size := sum(i.file_size for i in z.infolist())) > min(MAX_BYTES, free_memory(torch.device('cpu')) // 2):
+                raise ValueError(f'it unpacks to {size:,} bytes, more than memory has')
         with np.load(path, allow_pickle=False) as z:
             arrays = {key: z[key] for key in keys if key in z.files}
             found = ', '.join(z.files) or 'nothing'

@@ -23,11 +23,13 @@ class LabelDatabase:
     time it is open, with a time and no label it was skipped. `undone` keeps answers that were taken back.
     """
 
-    def __init__(self, path, oracle, budget, digest):
+    def __init__(self, path, oracle, budget, digest, pictures=1 << 40, classes=1 << 40):
         self.path, self.oracle, self.budget = path, oracle, budget
         try:
             self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self.db.execute('PRAGMA synchronous = FULL')                     # on disk before it is used
+            if self.db.execute("SELECT 1 FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone():
+                raise sqlite3.DatabaseError('it holds more than tables')     # which could run anything, without end
             self.db.execute('CREATE TABLE IF NOT EXISTS dataset (digest TEXT NOT NULL)')
             self.db.execute('CREATE TABLE IF NOT EXISTS queries (number INTEGER PRIMARY KEY AUTOINCREMENT, '
                             'id INTEGER NOT NULL UNIQUE, label INTEGER, round INTEGER NOT NULL, '
@@ -40,11 +42,33 @@ class LabelDatabase:
             row = self.db.execute('SELECT digest FROM dataset').fetchone()
             if row is None:
                 self.db.execute('INSERT INTO dataset VALUES (?)', (digest,))
-            self.asked(), self.rounds()                                      # fails now if it is damaged
-        except sqlite3.DatabaseError as e:
-            raise ValueError(f'{path} is not a readable label database ({e})') from None
+            self._check(pictures, classes)
+        except (sqlite3.Error, MemoryError, OverflowError, UnicodeDecodeError) as e:
+            if hasattr(self, 'db'):
+                self.db.close()                                              # and with it what it keeps beside the file
+            raise ValueError(f'{path} is not a readable label database ({" ".join(str(e).split())})') from None
         if row is not None and row[0] != digest:
             raise ValueError(f'{path} holds the labels of another data set (its digest differs)')
+
+    def _check(self, pictures, classes):
+        """sqlite3.DatabaseError for a damaged file: SQLite itself has no checksums, and takes any type anywhere."""
+        def whole(most):
+            return f"{{0}} IS NULL OR typeof({{0}}) = 'integer' AND {{0}} BETWEEN 0 AND {most - 1}"
+        share = "{0} IS NULL OR typeof({0}) IN ('real', 'integer') AND {0} BETWEEN 0 AND 1"
+        def believed(rule):                                                  # what was believed is there whole or not
+            return f'({rule}) AND ({{0}} IS NULL) = (guess IS NULL)'
+        text = "{0} IS NULL OR typeof({0}) = 'text'"
+        wanted = {'queries': {'id': whole(pictures), 'label': whole(classes), 'round': whole(1 << 40),
+                              'guess': whole(classes), 'confidence': believed(share), 'agreed': believed(whole(2)),
+                              'audit': believed(whole(2)), 'number': whole(1 << 40), 'time': text},
+                  'undone': {'id': whole(pictures), 'label': whole(classes), 'answered': text, 'time': text},
+                  'rounds': {'round': whole(1 << 40), 'asked': whole(1 << 40), 'estimate': share}}
+        if (found := self.db.execute('PRAGMA integrity_check(1)').fetchone()[0]) != 'ok':
+            raise sqlite3.DatabaseError(found)
+        for table, columns in wanted.items():
+            for column, rule in columns.items():
+                if self.db.execute(f'SELECT 1 FROM {table} WHERE NOT ({rule.format(column)})').fetchone():
+                    raise sqlite3.DatabaseError(f'{table}.{column} holds what it can not')
 
     @property
     def spent(self):

@@ -32,7 +32,7 @@ def classify(run, args, ds, device, trial=None):
                          f'number of classes, to {most:,}, the number of pictures that have one')
     model = stages.beginning(run, args, device)
     if distributed.rank() == 0:
-        paid = labels.LabelDatabase(run.folder / 'labels.sqlite', ds.y_train.__getitem__, n, ds.digest)
+        paid = labels.LabelDatabase(run.folder / 'labels.sqlite', ds.y_train.__getitem__, n, *ds.key)
         if paid.spent < n:                                             # not resumed: choose, then pay
             paid.reveal(pick(args, ds, model, n, device))
         chosen = paid.revealed()
@@ -72,8 +72,8 @@ def query(run, args, ds, device, trial=None):
     say most, until the budget is spent or the accuracy reached; then close, and score on the test set."""
     if args.oracle == 'data' and ds.y_train is None:
         raise ValueError('--method query needs labels to reveal, and the data has no y_train; --oracle web asks you')
-    if args.oracle != 'data' and len(ds.classes) < 2:
-        raise ValueError(f'--oracle {args.oracle} needs two classes or more, and the data names {len(ds.classes)}; '
+    if len(ds.classes) < 2:
+        raise ValueError(f'--method query needs two classes or more, and the data names {len(ds.classes)}; '
                          'say for instance --classes cat,dog,other')
     if args.oracle != 'data' and distributed.world() > 1:
         raise ValueError(f'--oracle {args.oracle} works with one process only')
@@ -115,7 +115,7 @@ class Asking:
         if distributed.rank() == 0:
             reveal = ds.y_train.__getitem__ if args.oracle == 'data' else None
             def database():
-                return labels.LabelDatabase(run.folder / 'labels.sqlite', reveal, args.budget, ds.digest)
+                return labels.LabelDatabase(run.folder / 'labels.sqlite', reveal, args.budget, *ds.key)
             self.paid = database()
             if args.oracle == 'web':
                 self.person = oracle.Web(database(), ds.x_train, ds.classes, args.rounds, self.left)
@@ -215,7 +215,7 @@ class Asking:
 
 def score(run, args, ds, model, device, seconds):
     """Measure a classifier on the test set, once, and write metrics.json."""
-    began, paid = time.monotonic(), labels.LabelDatabase(run.folder / 'labels.sqlite', None, 0, ds.digest)
+    began, paid = time.monotonic(), labels.LabelDatabase(run.folder / 'labels.sqlite', None, 0, *ds.key)
     metrics, shown = evaluate.measure_classifier(ds, stages.answers(args, model, device), device, args.seed)
     rows = paid.history()
     shown['asked'] = ds.x_train[torch.tensor([i for i, *_ in rows])], rows, paid.rounds()

@@ -2,6 +2,8 @@
 import argparse
 import csv
 import io
+import os
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -55,8 +57,12 @@ def main(args, typed, defaults):
     except train.Stopped as e:
         print(f'{e}; saved. Type the same command with --resume to continue.')
         return 130
+    except sqlite3.Error as e:
+        raise OSError(f'the labels could not be read or written ({e}); --resume continues') from None
     except (RuntimeError, MemoryError) as e:
-        if isinstance(e, MemoryError) or 'memory' in str(e):
+        if 'deterministic implementation' in str(e):
+            raise ValueError(f'--deterministic can not be had: {str(e).split(". ")[0].split(", ")[0]}') from None
+        if isinstance(e, MemoryError) or 'memory' in str(e) or 'bad_alloc' in str(e):
             raise ValueError('out of memory; try a smaller --batch-size, --width or --limit') from None
         if distributed.world() > 1 and 'peer' in str(e):
             raise ValueError('another process of the group has ended; --resume continues from the last '
@@ -67,13 +73,15 @@ def main(args, typed, defaults):
 
 def run_method(args, typed, trial=None):
     """One run from the first byte to metrics.json: data, model, training, measures, pictures."""
-    device = distributed.start(stages.pick_device(args.device))
-    first = distributed.rank() == 0
     folder = Path('runs') / args.name
     if args.resume and (folder / 'config.json').exists():                  # its data, unless other was typed
         before = runs.read_config(folder)['args']
-        kept = [k for k in ('data', 'dataset', 'limit', 'classes') if k in args]
+        kept = [k for k in ('data', 'dataset', 'limit', 'classes', 'deterministic') if k in args]
         vars(args).update({k: typed.get(k, before.get(k)) for k in kept})
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')            # read when CUDA starts, which is now
+    torch.use_deterministic_algorithms(bool(args.deterministic))
+    device = distributed.start(stages.pick_device(args.device))
+    first = distributed.rank() == 0
     ds = stages.load(args)
     if getattr(args, 'amp', False) is None:
         args.amp = args.net != 'fc' and train.amp_by_default(device)
@@ -108,9 +116,9 @@ def evaluate_again(folder, now):
     if not (folder / 'metrics.json').exists():
         raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
     run = runs.Run(folder, config, resume=True)
-    seconds = runs.read_json(folder / 'metrics.json').get('seconds') or 0.0
+    seconds = runs.read_json(folder / 'metrics.json').get('seconds')
     _, measure = RECIPES.get(args.method, REPRESENT)
-    measure(run, args, ds, model, device, seconds)
+    measure(run, args, ds, model, device, seconds if isinstance(seconds, (int, float)) else 0.0)
 
 
 def export(folder, path, device):
@@ -126,7 +134,7 @@ def export(folder, path, device):
         split[val_ids] = 'validation'
     y = torch.full((len(ds.x_train),), -1) if few or ds.y_train is None else ds.y_train
     if args.method in ('classify', 'query'):
-        ids, paid = labels.LabelDatabase(folder / 'labels.sqlite', None, 0, ds.digest).revealed()
+        ids, paid = labels.LabelDatabase(folder / 'labels.sqlite', None, 0, *ds.key).revealed()
         y[ids] = paid
     parts = [(ds.x_train, y, split)]
     if ds.x_test is not None:

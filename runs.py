@@ -15,6 +15,8 @@ import shlex
 import shutil
 import sys
 import time
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,8 @@ except ImportError:                                    # Windows has no flock; t
 
 HERE = {'name', 'resume', 'overwrite', 'device', 'save_every', 'perplexity', 'tensorboard'}    # how it is run, not what
 CHECKPOINTS = ('checkpoint.new.pt', 'checkpoint.pt', 'checkpoint.previous.pt')      # newest first
-FREE = HERE | {'epochs', 'answers'}                                  # what may change on resume
+MAY_CHANGE = ('epochs', 'answers', 'device', 'save_every', 'perplexity')            # on resume
+FREE = HERE | set(MAY_CHANGE)
 
 
 def write_atomic(path, blob):
@@ -61,11 +64,23 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _parse(text):
+    """Value of a JSON text; ValueError also for deep nesting and numbers no file of ours holds: nan, 1e999."""
+    def number(text, kind=float):
+        if not abs(value := kind(text)) < 1e300:
+            raise ValueError(f'the number {text[:20]} in it')
+        return value
+    try:
+        return json.loads(text, parse_float=number, parse_int=partial(number, kind=int), parse_constant=number)
+    except RecursionError:
+        raise ValueError('nested too deep') from None
+
+
 def read_json(path):
     """Object in a JSON file; ValueError with one sentence if it is not one."""
     try:
-        value = json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as e:          # bad UTF-8, bad JSON, an endless number, deep nesting
+        value = _parse(Path(path).read_text('utf-8'))
+    except ValueError as e:                            # bad UTF-8, bad JSON, an endless number, deep nesting
         raise ValueError(f'{path} is not readable JSON ({e})') from None
     if not isinstance(value, dict):
         raise ValueError(f'{path} holds a {type(value).__name__}; wanted an object')
@@ -99,11 +114,17 @@ def read_config(folder):
         raise ValueError(f'{folder} is not a run folder: it has no config.json' + (
             f'; did you mean {Path(folder).with_name(near[0])}?' if near else ''))
     config = read_json(path)
+    if config.pop('sha256', None) not in (None, _sha256(config)):          # older runs have none
+        raise ValueError(f'{path} is damaged or was changed by hand: its content does not match its digest')
     args, pictures = config.get('args'), config.get('data')
     if not (isinstance(args, dict) and {'method', 'seed'} <= set(args)
             and isinstance(pictures, dict) and 'digest' in pictures):
         raise ValueError(f'{path} lacks the arguments or the data digest; was it written by ssl.py?')
     return config
+
+
+def _sha256(config):
+    return hashlib.sha256(json.dumps(_finite(config), sort_keys=True).encode()).hexdigest()
 
 
 class Run:
@@ -131,7 +152,7 @@ class Run:
                 if (self.folder / old).exists():
                     os.replace(self.folder / old, self.folder / old.replace('labels', 'labels.previous'))
         self.config = config
-        write_json(self.folder / 'config.json', config)
+        write_json(self.folder / 'config.json', {**config, 'sha256': _sha256(config)})
 
     def _lock(self):
         if fcntl:
@@ -146,7 +167,8 @@ class Run:
         for key in sorted(set(typed) - FREE):
             if before.get(key) != new['args'][key]:
                 raise ValueError(f'{self.folder} was started with {flag(key, before.get(key))}, not '
-                                 f'{flag(key, new["args"][key])}, which can not change on --resume; use another --name')
+                                 f'{flag(key, new["args"][key])}, which can not change on --resume; use another --name '
+                                 f'({", ".join(flag(k, "").strip() for k in MAY_CHANGE)} may change)')
         if old['data']['digest'] != new['data']['digest']:
             raise ValueError(f'{self.folder} was started on other data (its digest differs); use another --name')
         kept = {k: v for k, v in before.items() if k not in typed and k not in HERE}
@@ -161,12 +183,17 @@ class Run:
 
     @property
     def finished(self):
-        return (self.folder / 'metrics.json').exists()
+        try:
+            return read_json(self.folder / 'metrics.json') is not None
+        except (ValueError, FileNotFoundError):        # torn: the run is measured again
+            return False
 
     def log(self, row):
         """Append one line to log.jsonl."""
         with open(self.folder / 'log.jsonl', 'a') as f:
             f.write(json.dumps(_finite(row)) + '\n')
+            f.flush()
+            os.fsync(f.fileno())                       # before the checkpoint that counts this epoch as done
 
     def trim_log(self, epochs):
         """Drop rows after `epochs` finished epochs, and a torn last line: they will be written again."""
@@ -253,10 +280,14 @@ class Silent:
     log = trim_log = save = load = withdraw = nothing
 
 
-def state_digest(state):
-    """SHA-256 over every name, number and tensor of a nested state."""
-    sha = hashlib.sha256()
+def state_digest(state, most=math.inf):
+    """SHA-256 over every name, number and tensor of a nested state; ValueError beyond `most` bytes of them."""
+    sha, size = hashlib.sha256(), 0
     def visit(value):
+        nonlocal size
+        size += value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 1
+        if size > most:                                # a few bytes can stand for a terabyte, or name each other
+            raise ValueError('it holds more than its size')
         if isinstance(value, dict):
             for key in sorted(value, key=str):
                 sha.update(f'{key}:'.encode())
@@ -268,6 +299,7 @@ def state_digest(state):
             sha.update(f'{value.dtype}{tuple(value.shape)}'.encode())
             sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         else:
+            assert value is None or isinstance(value, (str, int, float))
             sha.update(repr(value).encode())
     visit(state)
     return sha.hexdigest()
@@ -277,9 +309,12 @@ def load_checkpoint(path):
     """State saved by write_state, on the CPU. Only plain types and tensors are read (weights_only), so a hostile file
     runs nothing; ValueError, one sentence, when it is damaged."""
     try:
+        size = Path(path).stat().st_size
+        with zipfile.ZipFile(path) as z:               # torch stores without packing; what unpacks to more is a bomb
+            assert sum(i.file_size for i in z.infolist()) <= size
         state = torch.load(path, map_location='cpu', weights_only=True)
         digest = state.pop('digest')
-        whole = digest == state_digest(state)
+        whole = digest == state_digest(state, most=2 * size)
     except OSError:
         raise
     except Exception as e:                             # torch.load raises nearly any type on a damaged file
@@ -294,10 +329,11 @@ def read_log(folder):
     path, rows = Path(folder) / 'log.jsonl', []
     for line in path.read_text(errors='replace').splitlines() if path.exists() else []:
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = _parse(line)
+        except ValueError:
             break
-        if not isinstance(row, dict) or not isinstance(row.get('epoch'), int):
+        if not isinstance(row, dict) or not isinstance(row.get('epoch'), int) or not all(
+                isinstance(v, (int, float, type(None))) for k, v in row.items() if k != 'sizes'):
             break
         rows.append(row)
     return rows

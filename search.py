@@ -40,7 +40,10 @@ class Trial:
     @property
     def curve(self):
         """Score after each epoch so far, more is better."""
-        return [row['score'] for row in runs.read_log(self.folder)]
+        curve = [row['score'] for row in runs.read_log(self.folder) if row.get('score') is not None]
+        if not curve and (self.folder / 'metrics.json').exists():
+            raise ValueError(f'{self.folder}/log.jsonl has lost its scores; start again with --overwrite')
+        return curve
 
     def scored(self, check, accuracy):
         """A check for train.fit that adds the score: minus the validation loss, or an accuracy."""

@@ -69,7 +69,7 @@ else:
         'cutout': dict(simclr=0.0, **all_headed(0.4, classify=0.3)),
     }
     PLAIN = dict(data=None, dataset=None, limit=None, val=5000, name=None, resume=False, overwrite=False, device=None,
-                 seed=0, perplexity=30.0, tensorboard=False)
+                 seed=0, perplexity=30.0, tensorboard=False, deterministic=False)
     METHODS = {'ae': 'fully connected autoencoder', 'conv': 'convolutional residual autoencoder',
                'vae': 'variational autoencoder', 'simclr': 'contrastive learning',
                'classify': 'classifier from few labels', 'query': 'classifier that asks for its labels',
@@ -192,6 +192,8 @@ else:
         flag(g, '--save-every', 'seconds between checkpoints', type=positive, metavar='S')
         flag(g, '--device', 'cuda, cuda:1, mps or cpu (default: the best there is)', metavar='NAME')
         flag(g, '--seed', 'of weights, split, order, augmentation', type=number(int, 0, 2**31 - 1), metavar='N')
+        flag(g, '--deterministic', 'only algorithms that give the same bits each time, on CUDA too; slower',
+             action=argparse.BooleanOptionalAction)
         flag(g, '--perplexity', 'of the t-SNE in report.html, about how many neighbours a picture has; 0 is no t-SNE',
              type=number(float, 0, 1e4), metavar='N')
         flag(g, '--tensorboard', 'write the numbers, pictures and features for TensorBoard too, into the run folder, '
@@ -348,10 +350,11 @@ else:
 # --------------------------------------------------------------------------------------- commands
 
     def main(argv=None):
-        args, typed, defaults = parse(argv)
+        sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))   # noqa: SIM115
         try:
+            given = parse(argv)
             import recipes                                 # torch comes with it: only once the arguments are right
-            code = recipes.main(args, typed, defaults)
+            code = recipes.main(*given)
             sys.stdout.flush()
             return code
         except BrokenPipeError:

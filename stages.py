@@ -5,6 +5,7 @@ Here, in the recipes and in ssl.py `args` is known, the namespace of all flags; 
 import argparse
 import math
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -44,12 +45,26 @@ def pick_device(name):
 
 
 def network_of(config, device):
-    """The network of a run, from its config.json alone: initialised by the seed, on the device; None if it has none."""
+    """The network of a run, from its config.json alone: initialised by the seed, on the device; None if it has none.
+    ValueError if it can't be trained in the memory there is: asked beforehand, since Linux kills who takes too much."""
+    with torch.device('meta'):
+        model = build(config)
+    if model is None:
+        return None
+    need, free = 16 * nets.size(model), data.free_memory(torch.device(device))         # weights, gradients, AdamW's two
+    if need > free:
+        raise ValueError(f'out of memory: {nets.size(model):,} parameters need {need / 2**30:.0f} GiB to train, and '
+                         f'{free / 2**30:.0f} are free; try a smaller --width or --latent')
+    return build(config).to(device, memory_format=torch.channels_last)
+
+
+def build(config):
+    """The network of a config.json, or None."""
     args, shape = argparse.Namespace(**config['args']), config['data']['shape']
     torch.manual_seed(args.seed)
     if 'head' in args:
         begun = config.get('encoder')
-        encoder = nets.encoder_of(network_of(begun, 'cpu')) if begun else nets.Encoder(args.net, shape, args.width)
+        encoder = nets.encoder_of(build(begun)) if begun else nets.Encoder(args.net, shape, args.width)
         torch.manual_seed(args.seed)                                   # the same head, whatever the encoder
         K = args.clusters if 'clusters' in args else len(config['data']['classes'])
         model = nets.Classifier(encoder, K, args.head, args.freeze)
@@ -58,7 +73,7 @@ def network_of(config, device):
         model = nets.build(args.method, args.net, shape, args.width, getattr(args, 'latent', None))
     else:
         return None
-    return model.to(device, memory_format=torch.channels_last)
+    return model
 
 
 def beginning(run, args, device):
@@ -84,9 +99,20 @@ def read_encoder(folder, shape):
     return {key: config[key] for key in ('args', 'data', 'encoder') if key in config}
 
 
+@contextmanager
+def believing(folder):
+    """What is done in the block with the config.json of a run folder may fail: somebody else may have written it."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as e:
+        why = ' '.join(str(e).split())[:200]
+        raise ValueError(f'{folder}/config.json describes nothing that is here ({why})') from None
+
+
 def load_model(folder, config, device):
     """The network of a run folder, as trained."""
-    model = network_of(config, device)
+    with believing(folder):
+        model = network_of(config, device)
     return load_weights(model, folder) if 'lr' in config['args'] else model
 
 
@@ -112,7 +138,8 @@ def reopen(folder, device):
 def data_of(folder, config):
     """The data set that a run was made from."""
     args = argparse.Namespace(**config['args'])
-    ds = load(args)
+    with believing(folder):
+        ds = load(args)
     if ds.digest != config['data']['digest']:
         raise ValueError(f'{folder} was made from other data than '
                          f'{args.data or getattr(args, "dataset", None) or "Fashion-MNIST here"}')
