@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import data
 import evaluate
 import losses
+from runs import progress
 
 BYTES = 1 << 30          # of all heads' answers together
 
@@ -35,11 +36,14 @@ def scan_heads(h, near, K, heads=48, entropy=5.0, steps=800, batch=4096, lr=3e-3
         j = near[i, torch.randint(near.shape[1], (n,), generator=g, device=h.device)]
         p, q = ((x[v] @ weight + bias).view(n, heads, K).softmax(2).transpose(0, 1) for v in (i, j))
         return losses.scan(p, q, entropy)
+    at = progress('cluster heads', steps)
     for step in range(steps):
+        at(step)
         opt.param_groups[0]['lr'] = lr * (1 - step / steps)
         opt.zero_grad()
         loss(min(batch, len(x))).sum().backward()
         opt.step()
+    at(steps)
     with torch.no_grad():
         fits = max(1, BYTES // (4 * len(x) * K))                             # heads whose answers memory holds
         best = loss(5 * batch).argsort()[:min(-(-heads // 3), fits)]

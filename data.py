@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import itertools
 import math
+import os
 import random
 import zipfile
 import zlib
@@ -62,7 +63,11 @@ def read_idx(path):
             if wanted > MAX_BYTES or wanted > free_memory(torch.device('cpu')) // 2:       # it is copied once
                 raise ValueError(f'{path} announces {wanted:,} bytes for shape {shape}, more than memory has; is it '
                                  'damaged?')
-            body = _read_at_most(f, wanted + 1)
+            if f is raw:
+                body = bytearray(min(wanted + 1, os.fstat(raw.fileno()).st_size))
+                del body[f.readinto(body):]
+            else:
+                body = _read_at_most(f, wanted + 1)
         except (EOFError, zlib.error, gzip.BadGzipFile) as e:
             raise ValueError(f'{path} is broken gzip ({e}); fetch it again') from None
     if len(body) != wanted:

@@ -468,7 +468,8 @@ def test_every_training_flag_changes_what_is_trained():
              'val': dict.fromkeys(UNLABELLED, 1)}
     elsewhere = {'oracle', 'answers', 'classes', 'patience', 'min_delta', 'save_every', 'method', 'evaluate', 'compare',
                  'show_views', 'fetch', 'search', 'over', 'data', 'dataset', 'name', 'resume', 'overwrite', 'device',
-                 'encoder', 'until', 'stable', 'perplexity', 'tensorboard', 'export', 'predict', 'list', 'deterministic'}
+                 'encoder', 'until', 'stable', 'perplexity', 'tensorboard', 'export', 'predict', 'list',
+                 'deterministic'}
     assert set(other) | elsewhere == set(flags()), 'a flag without a test'
     with folder() as cwd, only_training():
         x, y = pictures(45, 8, 8)
