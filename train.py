@@ -60,16 +60,15 @@ def classification(model, x, y, g, views=None, mixup=0.0):
 def consistency(model, x, g, labelled, views, threshold=0.95):
     """FixMatch (arXiv 2001.07685) with a mean teacher, on unlabelled pictures x and a quarter as many labelled
     ones: cross-entropy of the labelled, plus that of the student's prediction for a strong view against the class
-    that the teacher sees in two weak views, where it is surer than `threshold` of it on average.
+    that the teacher sees in a weak view, where it is surer than `threshold`.
 
     model: nets.MeanTeacher. labelled: function that returns (x, y) of those paid for so far. views: the strong ones.
     """
     x_l, y_l = labelled()
     ids = torch.randint(len(y_l), (-(-len(x) // 4),), generator=g, device=x.device)
-    weak = data.augment(torch.cat([x, x]), data.Views(crop=0.9, flip=views.flip, rotate=0, jitter=0), g)
+    weak = data.augment(x, data.Views(crop=0.9, flip=views.flip, rotate=0, jitter=0), g)
     with torch.no_grad():
-        probs = model.teacher(weak).float().softmax(1)
-        sure, guess = ((probs[:len(x)] + probs[len(x):]) / 2).max(1)
+        sure, guess = model.teacher(weak).float().softmax(1).max(1)
     logits = model.student(data.augment(torch.cat([data.to_float(x_l[ids]), x]), views, g))
     accepted = (sure > threshold).float()
     supervised = losses.cross_entropy(logits[:len(ids)], y_l[ids])
