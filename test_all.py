@@ -2957,7 +2957,8 @@ def test_every_method_learns_on_tiny_pictures_and_leaves_all_its_files():
              'vae': 'reconstructions samples interpolation', 'simclr': 'views'}
     for method, pngs in shows.items():
         there = finished(method)
-        files = {'config.json', 'metrics.json', 'report.html', '.lock'} | {f'{png}.png' for png in pngs.split()}
+        files = {'config.json', 'metrics.json', 'report.html', 'confusion.svg', '.lock'} | {
+            f'{png}.png' for png in pngs.split()}
         if method in TRAINED:
             files |= {'log.jsonl', 'checkpoint.pt'}
             rows = [row for row in logged(there) if 'loss' in row]
@@ -2965,7 +2966,7 @@ def test_every_method_learns_on_tiny_pictures_and_leaves_all_its_files():
         if method in ('classify', 'query'):
             files |= {'labels.sqlite'}
         if method in ('cluster', 'scan'):
-            files |= {'best.pt', 'final.pt', 'iteration-00.pt', 'iteration-01.pt', 'iteration-02.pt'}
+            files |= {'iterations.svg', 'best.pt', 'final.pt', 'iteration-00.pt', 'iteration-01.pt', 'iteration-02.pt'}
         if method == 'query':
             files |= {'predictions.csv', 'predictions.npz'}
         assert {p.name for p in there.iterdir()} - {'checkpoint.previous.pt'} == files, method
@@ -3269,7 +3270,8 @@ def test_permuting_test_labels_changes_nothing_but_the_final_scores():
             there = cwd / 'runs' / method, finished(method)
             files, metrics = [results(f) for f in there], [measured(f) for f in there]
             differ = {name for name in {*files[0], *files[1]} if files[0].get(name) != files[1].get(name)}
-            assert differ <= {'metrics.json'} and metrics[0].keys() == metrics[1].keys(), (method, differ)
+            assert differ <= {'metrics.json', 'confusion.svg'}, (method, differ)
+            assert metrics[0].keys() == metrics[1].keys(), method
             assert {k for k in metrics[0] if metrics[0][k] != metrics[1][k]} <= scores, method
             changed += bool(differ)
             configs = [runs.read_config(f) for f in there]
