@@ -110,7 +110,8 @@ for method, n in dict(ae=60000, conv=8192, vae=8192, simclr=10240, query=5120).i
 
 def loader_epoch(dataset, model, objective, batch_size, workers=0, amp=False):
     """An epoch as it is usually written: a DataLoader, Adam, the same network."""
-    loader = torch.utils.data.DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, drop_last=True)
+    loader = torch.utils.data.DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, drop_last=True,
+                                         multiprocessing_context='fork' if workers else None)
     opt, device = torch.optim.Adam(model.parameters(), 1e-3), torch.device('cpu')
     model.train()
     def once():
@@ -356,8 +357,8 @@ def serve(pipe, part, name, quick):
         began = time.perf_counter()
         once()                                                         # warm by now: how often fills a turn?
         times = 1 if quick else max(1, round(0.2 / (time.perf_counter() - began)))
-    except (ImportError, ValueError, OSError, RuntimeError) as e:
-        pipe.send(f'{type(e).__name__}: {e}'.split('\n')[0])
+    except Exception as e:                                             # a package may fail in any way
+        pipe.send(' '.join(f'{type(e).__name__}: {e}'.split()))
         return
     pipe.send((amount, unit, kind[0] if kind else 'float32', counted.get_total_flops()))
     while pipe.recv():

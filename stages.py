@@ -41,6 +41,7 @@ def pick_device(name):
                          'try cuda, mps or cpu') from None
     if device.type not in ('cuda', 'mps', 'cpu'):
         raise ValueError(f'--device {name} is not one that training runs on; try cuda, mps or cpu')
+    train.heed_quota()
     return device
 
 

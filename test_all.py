@@ -1578,6 +1578,26 @@ def test_two_processes_with_half_a_batch_each_step_as_one_with_the_whole():
         assert close(state[name], alone[name], 1e-3), name
 
 
+def test_a_killed_worker_ends_the_job_and_one_process_finishes_it():
+    posix()
+    if not torch.distributed.is_gloo_available():
+        raise unittest.SkipTest('no gloo')
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        process = python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, HERE / 'ssl.py',
+                         *tiny('simclr'), '--epochs', 5000, '--save-every', 0.01, cwd=cwd)
+        until = time.monotonic() + 60
+        while not (cwd / 'runs/simclr/checkpoint.previous.pt').exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        workers = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode and 'ssl.py: another process of the group has ended; --resume continues' in err, err
+        done = len(logged(cwd / 'runs/simclr'))
+        code, out, err = run(*tiny('simclr'), '--resume', '--epochs', done + 2, cwd=cwd)
+        assert code == 0 and len(logged(cwd / 'runs/simclr')) == done + 2 and measured(cwd / 'runs/simclr'), (out, err)
+
+
 # evaluate.py -------------------------------------------------------------------------------------------------
 
 def ssim_by_loops(x, y, data_range, rows=11, cols=11):
@@ -3482,6 +3502,22 @@ def test_fewer_pictures_than_a_batch_and_a_last_batch_of_one_are_learned():
         for more in [], ['--val', 1], ['--latent', 1]:                    # of rank 1 at most, but not collapsed
             code, out, err = run(*tiny('conv'), '--overwrite', *more, cwd=cwd)
             assert code == 0 and not err and 'nan' not in out and 'WARNING' not in out, (more, err, out)
+
+
+def test_threads_heed_a_containers_quota_of_processor_time():
+    threads = torch.get_num_threads()
+    try:
+        with folder() as f:
+            for quota, wanted in ('max 100000', 3), ('250000 100000', 2), ('50000 100000', 1), ('800000 100000', 1), (
+                    'nonsense', 1):
+                torch.set_num_threads(3 if quota.startswith(('max', '25', '50')) else 1)
+                (f / 'cpu.max').write_text(quota)
+                train.heed_quota(f / 'cpu.max')
+                assert torch.get_num_threads() == wanted, quota
+            train.heed_quota(f / 'none')
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_step_of_each_method_leaves_no_tensor_behind_on_the_cpu():

@@ -8,6 +8,7 @@ import math
 import signal
 import time
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -88,6 +89,16 @@ def amp_by_default(device):
     except OSError:
         return False
     return device.type == 'cpu' and ('amx_bf16' in flags or 'avx512_bf16' in flags)
+
+
+def heed_quota(path='/sys/fs/cgroup/cpu.max'):
+    """Use no more threads than a container's quota of processor time keeps busy (cgroup v2): torch counts the cores of
+    the machine."""
+    try:
+        quota, period = map(int, Path(path).read_text().split())
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), quota // period)))
+    except (OSError, ValueError):                     # no cgroup, or 'max': no quota
+        pass
 
 
 def autocast(device, amp):
