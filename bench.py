@@ -78,7 +78,7 @@ def images(n):
 def arguments(method, *more):
     """All flags of a method with their defaults, as training gets them."""
     args = runpy.run_path(str(HERE / 'ssl.py'), run_name='cli')['parse'](['--method', method, *more])[0]
-    args.amp = train.amp_by_default(torch.device('cpu')) if args.amp is None else args.amp
+    args.amp = args.net != 'fc' and train.amp_by_default(torch.device('cpu'))
     args.encoder = None
     return args
 
@@ -368,6 +368,8 @@ def serve(pipe, part, name, quick):
             once()
         pipe.send((time.perf_counter() - began) / times)
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+    for folder in KEPT:
+        folder.cleanup()
 
 
 def measure(part, names, repeats, quick):
@@ -447,10 +449,10 @@ def processes(most, method, quick):
     with tempfile.TemporaryDirectory() as folder:
         while world <= most:
             threads = max(1, torch.get_num_threads() // world)
-            command = f"""-m torch.distributed.run --standalone --nproc-per-node {world}
-                {HERE / 'ssl.py'} --name {world}
-                --method {method} --limit {3000 if quick else 12000} --epochs 2 --data {data.find('fashion-mnist')}"""
-            subprocess.run([sys.executable, *command.split()], cwd=folder, check=True, stdout=subprocess.DEVNULL,
+            command = f'-m torch.distributed.run --standalone --nproc-per-node {world}'.split() + [
+                HERE / 'ssl.py', *f'--method {method} --name {world} --epochs 2 --perplexity 0'.split(), '--limit',
+                '3000' if quick else '12000', '--data', Path(data.find('fashion-mnist')).resolve()]
+            subprocess.run([sys.executable, *command], cwd=folder, check=True, stdout=subprocess.DEVNULL,
                            env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
             rows = [json.loads(row) for row in (Path(folder) / 'runs' / str(world) / 'log.jsonl').open()]
             lines.append((str(world), str(threads), f'{rows[-1]["images_per_s"]:,.0f}'))
@@ -472,15 +474,21 @@ def main(argv=None):
                    'processes under torchrun')
     p.add_argument('--method', default='simclr', help='of --processes (default: simclr)')
     args = p.parse_args(argv)
+    if args.repeats < 1 or args.processes < 0:
+        p.error('--repeats and --processes are numbers from 1')
     try:
         old = json.loads(Path(args.compare).read_text())['rows'] if args.compare else None
+        compared([], old or [])
         data.load(limit=20)
     except (OSError, ValueError) as e:
         p.error(e)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, statistics.StatisticsError):
         p.error(f'{args.compare} was not written by --json')
     if args.processes:
-        print(processes(args.processes, args.method, args.quick))
+        try:
+            print(processes(args.processes, args.method, args.quick))
+        except subprocess.CalledProcessError:
+            sys.exit(2)                                                    # ssl.py has said why
         return
     rows = []
     for part, candidates in PARTS.items():

@@ -10,10 +10,11 @@ import runs
 def writer():
     """torch's SummaryWriter; ValueError, one sentence, if the package tensorboard can't be imported."""
     try:
+        import PIL.Image                                                   # noqa: F401, its pictures need it
         from torch.utils.tensorboard import SummaryWriter
     except Exception as e:                                                 # its own packages may fail in any way
-        raise ValueError('--tensorboard needs the package tensorboard, which can not be imported here '
-                         f'({" ".join(str(e).split())}); python -m pip install tensorboard gets it') from None
+        raise ValueError('--tensorboard needs the packages tensorboard and pillow, which can not be imported here '
+                         f'({" ".join(str(e).split())}); python -m pip install tensorboard pillow gets them') from None
     return SummaryWriter
 
 

@@ -70,8 +70,11 @@ class Clustering:
         now, inside = divmod(epoch - 1, self.args.epochs)
         answer = None
         if distributed.rank() == 0:
-            done = len(list(self.run.folder.glob('iteration-*.pt')))
-            newest = runs.load_checkpoint(self.file(max(0, done - 1))) if done or inside else None
+            done = 1 + max((int(p.stem[10:]) for p in self.run.folder.glob('iteration-*.pt')), default=-1)
+            if done < now or inside and done == now:
+                raise ValueError(f'{self.run.folder} has lost its iteration-*.pt, which --resume needs; --overwrite '
+                                 'starts again')
+            newest = runs.load_checkpoint(self.file(done - 1)) if done else None
             if inside == 0 and now == done and not (newest and newest['row']['last']):
                 newest, done = self.assign(now, newest), done + 1
             at, over = min(now, done - 1), newest['row']['last']           # over: nothing is assigned anew after it

@@ -60,7 +60,7 @@ def read_idx(path):
                 raise ValueError(f'{path} announces {len(shape)} dimensions; wanted 32 at most')
             dtype = np.dtype(IDX_TYPES[head[2]])
             wanted = math.prod(shape) * dtype.itemsize
-            if wanted > MAX_BYTES or wanted > free_memory(torch.device('cpu')) // 2:       # it is copied once
+            if wanted > most_bytes():
                 raise ValueError(f'{path} announces {wanted:,} bytes for shape {shape}, more than memory has; is it '
                                  'damaged?')
             if f is raw:
@@ -219,10 +219,10 @@ def read_pictures(path):
 
 
 def _read_npz(path, keys=tuple(IDX_NAMES)):
-    """Arrays of an .npz, of the keys that it has; pickles inside are refused, and so are more bytes than MAX_BYTES."""
+    """Arrays of an .npz, of the keys that it has; pickles inside are refused, and so is more than memory holds."""
     try:
         with zipfile.ZipFile(path) as z:
-            if (size := sum(i.file_size for i in z.infolist())) > min(MAX_BYTES, free_memory(torch.device('cpu')) // 2):
+            if (size := sum(i.file_size for i in z.infolist())) > most_bytes():
                 raise ValueError(f'it unpacks to {size:,} bytes, more than memory has')
         with np.load(path, allow_pickle=False) as z:
             arrays = {key: z[key] for key in keys if key in z.files}
@@ -341,6 +341,12 @@ class Pictures:
     def _gather(self, where):
         rows = self.x[where]
         return rows.pin_memory() if self.device.type == 'cuda' else rows
+
+
+def most_bytes():
+    """What a file may unpack to: MAX_BYTES, less where Linux tells that less is free."""
+    known = Path('/proc/meminfo').exists()
+    return min(MAX_BYTES, free_memory(torch.device('cpu'))) if known else MAX_BYTES
 
 
 def free_memory(device):

@@ -135,9 +135,9 @@ def _kmeans_plus_plus(x, k, g):
     for _ in range(k - 1):
         d = nearest(x, x[picked[-1]])[1]
         dist = d if dist is None else torch.minimum(dist, d)
-        total = dist.double().cumsum(0) if x.device.type != 'mps' else dist.cumsum(0)
-        draw = torch.rand(1, generator=g, device=x.device, dtype=total.dtype) * total[-1]
-        picked.append(torch.searchsorted(total, draw).clamp(max=len(x) - 1))
+        total = dist.cpu().double().cumsum(0)                              # CUDA adds these up in any order
+        draw = torch.rand(1, generator=g, device=x.device).cpu() * total[-1]
+        picked.append(torch.searchsorted(total, draw).clamp(max=len(x) - 1).to(x.device))
     return x[torch.cat(picked)].clone()
 
 

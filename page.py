@@ -274,8 +274,8 @@ def matrix(metrics, classes):
         return ''
     drawn, size = '', 110 + 30 * len(classes)
     for k, (name, counts) in enumerate(zip(classes, metrics['confusion'])):
-        y = 24 + 30 * k
-        drawn += (f'<text class="end" x="100" y="{y + 19}">{text(str(name)[:16])}</text>'
+        y, name = 24 + 30 * k, name if name == str(k) else f'{k} {str(name)[:14]}'
+        drawn += (f'<text class="end" x="100" y="{y + 19}">{text(name)}</text>'
                   f'<text class="mid" x="{125 + 30 * k}" y="16">{k}</text>')
         for at, n in enumerate(counts):
             x, share = 110 + 30 * at, 0.6 * n / max(1, sum(counts))

@@ -80,7 +80,7 @@ def query(run, args, ds, device, trial=None):
     most = len(ds.labelled() if args.oracle == 'data' else ds.x_train)
     if not len(ds.classes) <= args.budget <= most:
         raise ValueError(f'--budget {args.budget:,} is out of range; wanted from {len(ds.classes)}, the number of '
-                         f'classes, to {len(ds.labelled()):,}, the number of pictures that have a label')
+                         f'classes, to {most:,}, the number of pictures that can be asked about')
     if args.until is not None and not args.audit and args.pick != 'random':
         raise ValueError('--until goes by an estimate, which needs some queries drawn at random: --audit above 0')
     if args.rounds > args.budget:

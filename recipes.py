@@ -2,7 +2,6 @@
 import argparse
 import csv
 import io
-import os
 import sqlite3
 import sys
 from pathlib import Path
@@ -78,8 +77,7 @@ def run_method(args, typed, trial=None):
         before = runs.read_config(folder)['args']
         kept = [k for k in ('data', 'dataset', 'limit', 'classes', 'deterministic') if k in args]
         vars(args).update({k: typed.get(k, before.get(k)) for k in kept})
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')            # read when CUDA starts, which is now
-    torch.use_deterministic_algorithms(bool(args.deterministic))
+    stages.determine(args)
     device = distributed.start(stages.pick_device(args.device))
     first = distributed.rank() == 0
     ds = stages.load(args)

@@ -32,7 +32,7 @@ except ImportError:                                    # Windows has no flock; t
 
 HERE = {'name', 'resume', 'overwrite', 'device', 'save_every', 'perplexity', 'tensorboard'}    # how it is run, not what
 CHECKPOINTS = ('checkpoint.new.pt', 'checkpoint.pt', 'checkpoint.previous.pt')      # newest first
-MAY_CHANGE = ('epochs', 'answers', 'device', 'save_every', 'perplexity')            # on resume
+MAY_CHANGE = ('epochs', 'answers', 'device', 'save_every', 'perplexity', 'tensorboard')            # on resume
 FREE = HERE | set(MAY_CHANGE)
 
 

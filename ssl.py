@@ -327,7 +327,8 @@ else:
         for i, (key, *ends) in enumerate(typed.get('over', ())):
             over = '--over ' + key.replace('_', '-')
             if method not in PER_METHOD.get(key, ()) or 'number' not in getattr(types[key], '__qualname__', ''):
-                near = hint(key, [k for k, per in PER_METHOD.items() if method in per]).replace('_', '-')
+                near = hint(key, [k for k, per in PER_METHOD.items() if method in per
+                                  and 'number' in getattr(types[k], '__qualname__', '')]).replace('_', '-')
                 parser.error(f'{over} is no numeric flag of --method {method}; {near or "see --help"}'.strip())
             try:
                 low, high = map(types[key], ends)
@@ -336,6 +337,9 @@ else:
             if key in typed or not low < high:
                 parser.error(f'{over} ' + ('is also given as a flag' if key in typed else 'wants the lower end first'))
             typed['over'][i] = key, low, high
+        least = [typed.get('epochs', 1), *(low for key, low, _ in typed.get('over', ()) if key == 'epochs')]
+        if 'search' in typed and min(least) < 1:
+            parser.error('--search scores a setting after each epoch, so it needs --epochs from 1 up')
         if 'resume' in typed and 'overwrite' in typed:
             parser.error('--resume and --overwrite exclude each other')
         if 'encoder' in typed and method in ('classify', 'query'):

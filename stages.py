@@ -4,6 +4,7 @@ Here, in the recipes and in ssl.py `args` is known, the namespace of all flags; 
 """
 import argparse
 import math
+import os
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +30,12 @@ def load(args):
     return data.named(ds, names) if names else ds
 
 
+def determine(args):
+    """Heed --deterministic; before CUDA starts, which reads this variable then."""
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(bool(getattr(args, 'deterministic', False)))
+
+
 def pick_device(name):
     """torch.device for --device, or the best there is; ValueError if it can't be used."""
     if name is None:
@@ -45,16 +52,17 @@ def pick_device(name):
     return device
 
 
-def network_of(config, device):
+def network_of(config, device, each=16):
     """The network of a run, from its config.json alone: initialised by the seed, on the device; None if it has none.
-    ValueError if it can't be trained in the memory there is: asked beforehand, since Linux kills who takes too much."""
+    ValueError if memory does not hold it, `each` bytes a parameter: asked beforehand, since Linux kills who takes too
+    much. 16 hold weights, gradients and AdamW's two moments; 4 the weights alone."""
     with torch.device('meta'):
         model = build(config)
     if model is None:
         return None
-    need, free = 16 * nets.size(model), data.free_memory(torch.device(device))         # weights, gradients, AdamW's two
+    need, free = each * nets.size(model), data.free_memory(torch.device(device))
     if need > free:
-        raise ValueError(f'out of memory: {nets.size(model):,} parameters need {need / 2**30:.0f} GiB to train, and '
+        raise ValueError(f'out of memory: {nets.size(model):,} parameters need {need / 2**30:.0f} GiB, and '
                          f'{free / 2**30:.0f} are free; try a smaller --width or --latent')
     return build(config).to(device, memory_format=torch.channels_last)
 
@@ -112,8 +120,9 @@ def believing(folder):
 
 def load_model(folder, config, device):
     """The network of a run folder, as trained."""
-    with believing(folder):
-        model = network_of(config, device)
+    with believing(folder), torch.device('meta'):
+        build(config)
+    model = network_of(config, device, each=4)
     return load_weights(model, folder) if 'lr' in config['args'] else model
 
 
@@ -132,7 +141,9 @@ def load_weights(model, folder):
 def reopen(folder, device):
     """(config, args, model or None, device) of a finished run."""
     config = runs.read_config(folder)
-    args, device = argparse.Namespace(**config['args']), pick_device(device)
+    args = argparse.Namespace(**config['args'])
+    determine(args)
+    device = pick_device(device)
     return config, args, load_model(folder, config, device) if 'net' in args else None, device
 
 

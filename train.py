@@ -166,7 +166,7 @@ def fit(model, objective, x, run, *, y=None, check=None, epochs, batch_size, lr,
         closing=math.inf, sam=0.0, plan=None, after_step=None, patience=0, min_delta=0.0, seed=0, amp=False,
         save_every=60.0):
     """Train model on x, data.Pictures, and labels y (N,) if the objective takes them; returns the
-    seconds it took, over all its sessions. warmup and closing are in epochs: the learning rate rises over the first
+    seconds it took, over all its parts. warmup and closing are in epochs: the learning rate rises over the first
     and falls over the last (inf: as soon as it is up). check() is called after each epoch; what it returns, a
     dict with val_loss, is logged and decides about the early stop.
 
@@ -223,6 +223,7 @@ def fit(model, objective, x, run, *, y=None, check=None, epochs, batch_size, lr,
         while True:
             epoch = state['epoch']
             if plan:
+                progress.clear()
                 epochs = plan(epoch, time.monotonic() - began, pause)
             if epoch > epochs or (patience and state['bad'] >= patience):
                 break
@@ -252,6 +253,7 @@ def fit(model, objective, x, run, *, y=None, check=None, epochs, batch_size, lr,
                     saved_at = time.monotonic()
                 if stop:
                     raise Stopped(f'stopped at epoch {epoch}, step {step + 1} of {steps}')
+            progress.clear()
             row = {'epoch': epoch, 'loss': distributed.mean(state['total']).item() / steps, 'lr': rate(),
                    **(check() if check else {}),
                    'images_per_s': round((steps - first) / steps * len(x) / (time.monotonic() - started), 1),
