@@ -146,7 +146,8 @@ def alone(drawn):
     frame = Path(__file__).with_name('page.html').read_text(encoding='utf-8')
     style, shapes = (re.search(f'<{tag}>.*?</{tag}>', frame, re.S)[0] for tag in ('style', 'defs'))
     box, inside = re.search('<svg( viewBox="[^"]*")[^>]*>(.*?)</svg>', drawn, re.S).groups()
-    return f'<svg xmlns="http://www.w3.org/2000/svg"{box} font-family="system-ui, sans-serif">{style}{shapes}{inside}</svg>\n'.encode()
+    return (f'<svg xmlns="http://www.w3.org/2000/svg"{box} font-family="system-ui, sans-serif">{style}{shapes}{inside}'
+            '</svg>\n').encode()
 
 
 # ------------------------------------------------------------------------------------- the page of a run
