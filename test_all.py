@@ -2832,7 +2832,7 @@ def test_what_may_not_change_on_resume_is_named():
         for dest, old, new in (('lr', cli.PER_METHOD['lr']['vae'], 0.5), ('beta', 1.0, 3.0), ('method', 'vae', 'conv'),
                                ('seed', 0, 1), ('val', 5000, 9), ('net', 'resnet', 'fc'), ('batch-size', 40, 7)):
             refused(*flags, '--' + dest, new, cwd=cwd, said=[f'with --{dest} {old}, not --{dest} {new}', '--epochs, '
-                    '--answers, --device, --save-every, --perplexity may change'])
+                    '--answers, --device, --save-every, --perplexity, --tensorboard may change'])
         refused(*flags, '--deterministic', cwd=cwd, said=['with --no-deterministic, not --deterministic'])
         shutil.copy(cwd / 'other.npz', cwd / 'tiny.npz')
         refused(*flags, cwd=cwd, said=['other data'])
