@@ -377,7 +377,7 @@ def measure(part, names, repeats, quick):
     context, rows = multiprocessing.get_context('forkserver'), []
     for name in names:
         pipe, theirs = context.Pipe()
-        worker = context.Process(target=serve, args=(theirs, part, name, quick), daemon=False)
+        worker = context.Process(target=serve, args=(theirs, part, name, quick))
         worker.start()
         theirs.close()
         try:

@@ -8,7 +8,7 @@ import runs
 
 
 def writer():
-    """torch's SummaryWriter; ValueError, one sentence, if the package tensorboard can't be imported."""
+    """torch's SummaryWriter; ValueError, one sentence, if it or what its pictures need can't be imported."""
     try:
         import PIL.Image                                                   # noqa: F401, its pictures need it
         from torch.utils.tensorboard import SummaryWriter

@@ -197,7 +197,7 @@ else:
         flag(g, '--perplexity', 'of the t-SNE in report.html, about how many neighbours a picture has; 0 is no t-SNE',
              type=number(float, 0, 1e4), metavar='N')
         flag(g, '--tensorboard', 'write the numbers, pictures and features for TensorBoard too, into the run folder, '
-             'when the run is complete; needs the package tensorboard', action='store_true')
+             'when the run is complete; needs the packages tensorboard and pillow', action='store_true')
 
         g = p.add_argument_group('network')
         flag(g, '--net', 'encoder: fc, conv or resnet', type=choice('fc', 'conv', 'resnet'))
