@@ -10,6 +10,7 @@ import re
 from html import escape
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -17,7 +18,7 @@ import evaluate
 import labels
 import runs
 import tsne
-from report import compare, measures, png, sheet
+from report import compare, kind, measures, png, sheet
 
 
 # ------------------------------------------------------------------------------------- parts of a page
@@ -94,22 +95,26 @@ def ticks(low, high):
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def axes(xs, ys, x_label, y_label, H=230, numbers=True, whole=False):
-    """(SVG of named axes with round numbers, function from values to places); whole: steps of 1 at least in x."""
+def axes(xs, ys, x_label, y_label, H=230, numbers=True, whole=False, log=False):
+    """(SVG of named axes with round numbers, function from values to places); whole: steps of 1 at least in x; log:
+    x, above 0, in logarithms."""
     def ends(values):
         low, high = min(values), max(values)
         margin = (high - low) * 0.04 or abs(high) * 0.1 or 1
         return low - margin, high + margin
-    (x0, x1), (y0, y1) = ends(xs), ends(ys)
+    scale = math.log10 if log else float
+    (x0, x1), (y0, y1) = ends([scale(x) for x in xs]), ends(ys)
     def place(x, y):
-        return 54 + (x - x0) / (x1 - x0) * 298, H - 38 - (y - y0) / (y1 - y0) * (H - 62)
+        return 54 + (scale(x) - x0) / (x1 - x0) * 298, H - 38 - (y - y0) / (y1 - y0) * (H - 62)
+    marks = ticks(x0, x1) if not log else [v for e in range(math.floor(x0), math.ceil(x1)) for v in (
+        10 ** e, 2 * 10 ** e, 5 * 10 ** e) if x0 <= math.log10(v) <= x1]
     lines = [f'<path class="axis" d="M54 24V{H - 38}H352"/><text x="4" y="13">{text(y_label)}</text>'
              f'<text class="end" x="352" y="{H - 6}">{text(x_label)}</text>']
-    for v in ticks(x0, x1) if numbers else ():
+    for v in marks if numbers else ():
         if not whole or v == round(v):
             lines.append(f'<text class="mid" x="{place(v, y0)[0]:.1f}" y="{H - 22}">{v:.6g}</text>')
     for v in ticks(y0, y1) if numbers else ():
-        y = place(x0, v)[1]
+        y = place(xs[0], v)[1]
         lines.append(f'<path class="axis" d="M54 {y:.1f}H352"/>'
                      f'<text class="end" x="49" y="{y + 4:.1f}">{v:.6g}</text>')
     return ''.join(lines), place
@@ -121,14 +126,15 @@ def legend(names, tag='span'):
         for k, name in enumerate(names)) + '</div>'
 
 
-def chart(title, series, x_label, y_label, whole=True):
-    """Curves {name: [(x, y), ...]} as a card with the numbers under it; '' if there is not one finite number."""
+def chart(title, series, x_label, y_label, whole=True, log=False):
+    """Curves {name: [(x, y), ...]} as a card with the numbers under it; '' if there is not one finite number. log: x in
+    logarithms, where it is above 0 and spans a factor of 30 or more."""
     series = {n: [(x, y) for x, y in points if y is not None and math.isfinite(y)] for n, points in series.items()}
     series = {n: sorted(points) for n, points in series.items() if points}
     if not series:
         return ''
     xs, ys = zip(*(p for points in series.values() for p in points))
-    lines, place = axes(xs, ys, x_label, y_label, whole=whole)
+    lines, place = axes(xs, ys, x_label, y_label, whole=whole, log=log and max(xs) >= 30 * min(xs) > 0)
     for k, points in enumerate(series.values()):
         at = [f'{x:.1f} {y:.1f}' for x, y in (place(*p) for p in points)]
         lines += f'<path class="curve" style="stroke:var(--c{(k + k // 10) % 10})" d="M{"L".join(at)}"/>'
@@ -343,23 +349,39 @@ def queries(shown, classes, metrics):
 
 # ------------------------------------------------------------------------------------- the page of many
 
+def curve_title(config):
+    """What a curve over numbers of labels is called."""
+    args = config['args']
+    begun = Path(np.atleast_1d(args['encoder'])[0]).name if args.get('encoder') else ''
+    asked = ', random queries' if args['method'] == 'query' and args['pick'] == 'random' else ''
+    return args['method'] + (f' from {begun}' if begun else ' from scratch') + asked
+
+
 def write_comparison(path, folders):
-    """One page about many runs: the table of --compare, accuracy against labels, validation losses by method."""
-    by_labels, losses = {}, {}
+    """One page about many runs: the table of --compare, accuracy against labels, validation losses by method. Runs that
+    differ only in the number of labels or the seed are one curve, the mean over seeds; accuracy.svg is that chart."""
+    path, tested, estimated, losses = Path(path), {}, {}, {}
     for folder in map(Path, folders):
         config, name = runs.read_config(folder), folder.name
         metrics = runs.read_json(folder / 'metrics.json') if (folder / 'metrics.json').exists() else {}
         if (folder / 'labels.sqlite').exists():
             paid = labels.LabelDatabase(folder / 'labels.sqlite', None, 0, config['data']['digest'])
-            by_labels[f'{name}, estimated'] = estimates(paid.rounds())
+            estimated[name] = estimates(paid.rounds())
         if metrics.get('labels') and metrics.get('accuracy'):
-            by_labels[f'{name}, tested'] = [(metrics['labels'], 100 * metrics['accuracy'])]
+            points = tested.setdefault(kind(config, 'labels', 'budget'), (name, config, {}))[2]
+            points.setdefault(metrics['labels'], []).append(100 * metrics['accuracy'])
         losses.setdefault(config['args']['method'], {})[name] = [
             (row['epoch'], row.get('val_loss')) for row in runs.read_log(folder)]
-    lines = compare(folders)
-    charts = [chart('Accuracy against labels', by_labels, 'labels paid for', '%')] + [
+    titles = [curve_title(config) for _, config, _ in tested.values()]
+    curves = {title if titles.count(title) == 1 else f'{title}: {name}': [
+        (n, sum(found) / len(found)) for n, found in points.items()]
+        for title, (name, _, points) in zip(titles, tested.values())}
+    lines, by_labels = compare(folders), chart('Accuracy on the test set', curves, 'labels paid for', '%', log=True)
+    charts = [by_labels, chart('Accuracy estimated from the answers', estimated, 'labels paid for', '%')] + [
         chart(f'Validation loss, {method}', series, 'epochs', UNIT.get(method, 'nats'))
         for method, series in losses.items()]
+    if by_labels:
+        runs.write_atomic(path.with_name('accuracy.svg'), alone(by_labels))
     runs.write_atomic(path, page('Runs compared', '<p>Runs that differ only by seed share a row: mean ± standard '
                                  'deviation over seeds. Seconds are those of training.</p>', grid(lines[1:], lines[0]),
                                  section('Curves', f'<div class="grid wide">{"".join(charts)}</div>')))

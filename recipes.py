@@ -165,7 +165,7 @@ def predict(folder, path, device):
 
 def compare(folders):
     """Print one table of these runs and write runs/report.html about them."""
-    folders = [f for f in folders if Path(f).name != 'report.html']        # which runs/* names too
+    folders = [f for f in folders if Path(f).name not in ('report.html', 'accuracy.svg')]    # which runs/* names too
     if not folders:
         return print('runs/ holds no finished run yet')
     print(report.table(report.compare(folders)))

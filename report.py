@@ -126,6 +126,14 @@ COLUMNS = [(key, key, '.0f') for key in ('epochs', 'seconds', 'labels')] + [
     (key, what, form) for key, what, _, form, _ in MEASURES if form]
 
 
+def kind(config, *but):
+    """What runs that differ only by seed, or in the flags `but`, have in common: also of runs on one another's
+    encoders, whose names hold the seed."""
+    args = config['args']
+    return repr([(k, v) for k, v in sorted(args.items()) if k not in runs.HERE | {'seed', *but}]).replace(
+        f'-seed={args["seed"]}', '')
+
+
 def compare(folders):
     """Table of finished runs: those that differ only by seed are one row, mean +- spread over seeds."""
     groups = {}
@@ -135,7 +143,7 @@ def compare(folders):
         for key, _, _ in COLUMNS if metrics else ():
             if not isinstance(metrics.get(key, 0), (int, float, type(None))):
                 raise ValueError(f'{folder / "metrics.json"} has {metrics[key]!r} for {key}; wanted a number')
-        key = repr([(k, v) for k, v in sorted(config['args'].items()) if k not in runs.HERE | {'seed'}])
+        key = kind(config)
         if config['args']['seed'] in [c['args']['seed'] for c, _, _ in groups.get(key, [])]:
             key += str(folder)                                              # the same run twice is no spread
         groups.setdefault(key, []).append((config, metrics, folder.name))

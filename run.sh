@@ -5,6 +5,8 @@
 #   bash run.sh quick    a smoke run of about 3 minutes
 #   bash run.sh full     the long schedule whose numbers the README quotes, for the seeds 0 and 1: four hours
 #                        (bash run.sh full 2 3 4 for others)
+#   bash run.sh labels   classifiers from 100 to 60,000 labels, from scratch and from SimCLR, for the seed 0 (or those
+#                        given): an hour
 #   bash run.sh test     the tests; further words go to test_all.py
 #
 # Stopped at any moment, the same command continues. PYTHON=/path/to/python chooses the Python.
@@ -37,7 +39,8 @@ venv=$here/.venv/bin/python
 pythons=("$venv" python python3 python3.13 python3.12 python3.11 python3.10)
 [[ -n ${PYTHON:-} ]] && pythons=("$PYTHON" "$venv")
 files=$(echo {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz)
-usage='usage: bash run.sh [quick|full [SEED ...]|test [WORD]]'
+counts='100 250 500 1000 2000 5000 6000 7500 10000 20000 60000'
+usage='usage: bash run.sh [quick|full [SEED ...]|labels [SEED ...]|test [WORD]]'
 again='run the same command again to continue'
 tmp=
 trap 'rm -rf "$tmp"' EXIT
@@ -122,10 +125,12 @@ train() {   # schedule, method, name of the run, further flags
 schedule=${1:-default}
 case $schedule in
   test) shift; environment; exec "$PY" test_all.py "$@" ;;
-  full) shift; seeds=${*:-0 1}; [[ $seeds =~ ^[0-9\ ]+$ ]] || stop 2 "'$seeds' are no seeds; $usage" ;;
+  full)   shift; seeds=${*:-0 1} ;;
+  labels) shift; seeds=${*:-0} ;;
   quick | default) [[ $# -le 1 ]] || stop 2 "'$2' is one word too many; $usage" ;;
   *) stop 2 "'$schedule' is no schedule; $usage" ;;
 esac
+[[ ${seeds:-0} =~ ^[0-9\ ]+$ ]] || stop 2 "'$seeds' are no seeds; $usage"
 environment
 
 "$PY" ssl.py --fetch || { debian_data && "$PY" ssl.py --fetch; } ||
@@ -137,6 +142,14 @@ case $schedule in
   default) for method in $methods; do train default "$method" "$method"; done ;;
   full)    for seed in $seeds; do
              for method in $methods; do train full "$method" "full-$method-seed=$seed" --seed $seed; done
+           done ;;
+  labels)  for seed in $seeds; do
+             train full simclr "full-simclr-seed=$seed" --seed $seed
+             for n in $counts; do
+               train labels classify "labels-$n-scratch-seed=$seed" --labels $n --seed $seed
+               train labels classify "labels-$n-simclr-seed=$seed" --labels $n --seed $seed \
+                 --encoder "runs/full-simclr-seed=$seed"
+             done
            done ;;
 esac
 "$PY" ssl.py --compare "${runs[@]}"

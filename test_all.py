@@ -3816,11 +3816,38 @@ def test_comparison_writes_a_page_with_the_same_table_and_all_curves():
         assert rows == report.compare(there) and [r[0] for r in rows] == ['method', 'ae', 'conv', 'simclr', 'classify',
                                                                          'query']
         titles = [h.text for h in tree.iter('h3')]
-        assert titles == ['Accuracy against labels'] + [f'Validation loss, {m}' for m in ('ae', 'conv', 'simclr')]
+        assert titles == ['Accuracy on the test set', 'Accuracy estimated from the answers'] + [
+            f'Validation loss, {m}' for m in ('ae', 'conv', 'simclr')]
         write_npz(cwd / 'tiny.npz')
         assert run(*tiny('pixels'), cwd=cwd)[0] == 0                      # runs/* names the page too
         code, out, err = run('--compare', *sorted((cwd / 'runs').iterdir()), cwd=cwd)
         assert code == 0 and not err and out.splitlines()[1].startswith('pixels')
+
+
+def test_comparison_draws_one_curve_over_labels_for_runs_that_differ_in_nothing_else():
+    with folder() as f:
+        for seed in 0, 1:
+            for n in 100, 1000, 60000:
+                for encoder in None, f'runs/simclr-seed={seed}':
+                    there = f / f'{n}-{"b" if encoder else "a"}-seed={seed}'
+                    there.mkdir()
+                    runs.write_json(there / 'config.json', {'data': {'digest': 'abc'}, 'args': {
+                        'method': 'classify', 'labels': n, 'seed': seed, 'name': there.name, 'encoder': encoder}})
+                    runs.write_json(there / 'metrics.json', {'labels': n, 'accuracy': math.log10(n) / 10 + seed / 100
+                                                             + 0.1 * bool(encoder)})
+        page.write_comparison(f / 'report.html', sorted(f.iterdir()))
+        table = list(read_page(f / 'report.html').iter('table'))[1]
+        assert [c.text for c in table.find('thead').iter('th')] == ['labels paid for', 'classify from scratch',
+                                                                   'classify from simclr-seed=0']
+        rows = [[float(c.text) for c in row] for row in table.find('tbody')]
+        assert close(rows, [[n, 100 * (math.log10(n) / 10 + 0.005), 100 * (math.log10(n) / 10 + 0.105)]
+                            for n in (100, 1000, 60000)], 1e-4)
+        drawn = xml.etree.ElementTree.fromstring((f / 'accuracy.svg').read_bytes())
+        places = [(float(u.get('x')), float(u.get('y'))) for u in drawn.iter() if u.tag.endswith('use')][:3]
+        (x0, y0), (x1, y1), (x2, y2) = places                             # linear in log n is a straight line
+        assert close((y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1), 0.01)
+        marks = [t.text for t in drawn.iter() if t.tag.endswith('text') and t.get('class') == 'mid']
+        assert marks == ['100', '200', '500', '1000', '2000', '5000', '10000', '20000', '50000']
 
 
 def test_a_run_without_labels_or_test_set_has_a_page_too():
