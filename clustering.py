@@ -1,9 +1,7 @@
 """The recipe of cluster and scan: pseudo-labels from the pictures alone, a network trained on them, better ones."""
-import argparse
 import math
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,34 +19,18 @@ def find_clusters(run, args, ds, device):
     """--method cluster and scan: pseudo-labels from the pictures alone, a network trained on them, better ones."""
     if args.clusters > len(ds.x_train) // 2:
         raise ValueError(f'--clusters {args.clusters} is too many for {len(ds.x_train):,} pictures')
-    h, _ = look_around(args, ds, device)
+    h, _ = stages.look_around(args.encoder, ds, device)
     near = cluster.neighbours(h, min(args.neighbours, len(h) - 1))
     model = stages.beginning(run, args, device)
     rounds = Clustering(run, args, ds, model, device, near, h)
     objective, more = stages.objective_of(args), {'y': rounds.pred}
     if args.method == 'scan':
         objective, more = partial(objective, labelled=lambda: rounds.labelled), {
-            'after_step': partial(model.follow, args.ema)}
+            'y': torch.arange(len(h), device=device), 'after_step': partial(model.follow, args.ema)}
     x = data.Pictures(ds.x_train, device)
     seconds = stages.train_model(run, args, model, objective, x, plan=rounds.plan, **more)
     if distributed.rank() == 0:
         score(run, args, ds, model, device, seconds)
-
-
-def look_around(args, ds, device):
-    """(features (N, D) in which neighbours are looked for, function from float pictures to them): those of all
-    --encoder runs side by side, each centred and normalised; the pixels without one."""
-    encoders = [] if args.encoder else [lambda x: x.flatten(1)]
-    for folder in args.encoder or ():
-        config = runs.read_config(folder)
-        model = stages.load_model(Path(folder), config, device)
-        encoders.append(stages.representation(argparse.Namespace(**config['args']), model, None, device)[0])
-    features = [evaluate.in_chunks(encode, ds.x_train, device=device) for encode in encoders]
-    means = [h.mean(0) for h in features]
-    h = torch.cat([F.normalize(h - mean, dim=1) for h, mean in zip(features, means)], 1)
-    def encode_all(x):
-        return torch.cat([F.normalize(encode(x) - mean, dim=1) for encode, mean in zip(encoders, means)], 1)
-    return h, encode_all
 
 
 MOST = 20000        # pictures that stand in for labelled ones, at most
@@ -149,7 +131,7 @@ def score(run, args, ds, model, device, seconds):
     began, best = time.monotonic(), runs.load_checkpoint(run.folder / 'best.pt')
     model.load_state_dict(best['model'])
     if best['voted']:
-        h, encode = look_around(args, ds, device)
+        h, encode = stages.look_around(args.encoder, ds, device)
         answer = voting(encode, h, best['pred'].to(device), args)
     else:
         answer = stages.answers(args, model, device)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import cluster
 import data
 import distributed
 import evaluate
@@ -91,7 +92,8 @@ def query(run, args, ds, device, trial=None):
     check = trial.scored(None, asking.estimate) if trial else None
     try:
         seconds = stages.train_model(run, args, model, objective, data.Pictures(ds.x_train, device), check=check,
-                              plan=asking.plan, after_step=asking.after_step)
+                                     y=torch.arange(len(ds.x_train), device=device), plan=asking.plan,
+                                     after_step=asking.after_step)
         if trial:
             trial.complete(run, seconds)
         elif distributed.rank() == 0:
@@ -104,13 +106,18 @@ def query(run, args, ds, device, trial=None):
 class Asking:
     """The rounds of --method query: every --round-epochs epochs a round asks for labels, the last asks for none,
     and --closing epochs follow. What was asked is in the database, so that a resumed run asks nothing twice, puts
-    the same questions again that were open, and trains each epoch on the labels that it had."""
+    the same questions again that were open, and trains each epoch on the labels that it had. With more than one
+    --encoder the pictures' neighbours in the features of the others vote every --round-epochs epochs."""
 
     def __init__(self, run, args, ds, model, device):
         self.args, self.ds, self.model, self.device = args, ds, model, device
         self.pool = ds.labelled() if args.oracle == 'data' else torch.arange(len(ds.x_train))    # what can be asked
         self.labelled = None
         self.encode = stages.representation(args, model, None, device)[0]
+        self.seen, self.near = None, None
+        if isinstance(args.encoder, list):
+            h, _ = stages.look_around(args.encoder[1:], ds, device)
+            self.near = cluster.neighbours(h, min(args.neighbours, len(h) - 1))
         self.done, self.began, self.ahead, self.more, self.error = 0, 0.0, 0, True, None
         if distributed.rank() == 0:
             reveal = ds.y_train.__getitem__ if args.oracle == 'data' else None
@@ -124,9 +131,12 @@ class Asking:
 
     def plan(self, epoch, seconds, pause):
         """train.fit's plan: asks where a round is due, sets `labelled`, returns the number of epochs."""
+        now, inside = divmod(epoch - 1, self.args.round_epochs)
+        if self.near is not None and now and inside == 0 and self.model.voted != epoch:
+            self.model.votes.copy_(distributed.from_first(self.votes() if distributed.rank() == 0 else None))
+            self.model.voted.fill_(epoch)
         answer = None
         if distributed.rank() == 0:
-            now, inside = divmod(epoch - 1, self.args.round_epochs)
             rounds = self.paid.rounds()
             due = now not in rounds and all(asked for asked, _ in rounds.values())
             while inside == 0 and (due or self.paid.unanswered(now) or not self.paid.spent):
@@ -143,6 +153,7 @@ class Asking:
             answer = *self.paid.revealed(up_to=now), last * self.args.round_epochs + self.args.closing
             self.more = now + 1 < last
             ends = (now + 1) * self.args.round_epochs if self.more else answer[2]
+            self.seen = None
             self.ahead = (ends - epoch + 1) * data.steps_per_epoch(len(self.ds.x_train), self.args.batch_size)
         ids, y, epochs = distributed.from_first(answer)
         self.labelled = self.ds.x_train[ids].to(self.device), y.to(self.device)
@@ -150,9 +161,21 @@ class Asking:
         return epochs
 
     def after_step(self):
-        args = self.args
-        self.model.follow(args.ema)
+        self.model.follow(self.args.ema)
         self.done += 1
+
+    def look(self):
+        """(probabilities (N, K) by the teacher, features (N, D)) of all pictures; once an epoch."""
+        if self.seen is None:
+            h = evaluate.in_chunks(self.encode, self.ds.x_train, device=self.device)
+            self.seen = self.model.teacher.head(h).softmax(1).detach(), h
+        return self.seen
+
+    def votes(self):
+        """(N, K): what the neighbours of each picture are, on average, by the teacher or by the label paid for."""
+        probs, (ids, y) = self.look()[0].clone(), self.paid.revealed()
+        probs[ids.to(self.device)] = F.one_hot(y, probs.shape[1]).to(probs)
+        return sum(probs[column] for column in self.near.T) / self.near.shape[1]
 
     def left(self):
         """(seconds of training until the next questions or the end, or None where it is not known yet; whether
@@ -176,11 +199,12 @@ class Asking:
             raise ValueError('every picture was skipped, so there is no label to learn from')
         order = labels.pick_random(len(self.pool), len(self.pool), f'{args.seed} round {now}').to(self.device)
         order = order[~torch.isin(order, taken)]
-        h = evaluate.in_chunks(self.encode, self.ds.x_train, ids=self.pool, device=self.device)
-        probs, h = self.model.teacher.head(h).softmax(1).detach(), F.normalize(h, dim=1)
+        probs, h = (seen[self.pool.to(self.device)] for seen in self.look())
+        h = F.normalize(h, dim=1)
         if now:
             drawn = order[:n if args.pick == 'random' else math.ceil(args.audit * n)]
-            ids, agreed = labels.pick_informative(n - len(drawn), probs, h, torch.cat([taken, drawn]), known, y,
+            pooled = probs if self.near is None else train.pool(probs, self.model.votes[self.pool.to(self.device)])
+            ids, agreed = labels.pick_informative(n - len(drawn), pooled, h, torch.cat([taken, drawn]), known, y,
                                                   f'{args.seed} round {now}')
             ids = torch.cat([drawn, ids])
             estimate, self.error = labels.estimate_accuracy(probs, agreed, self.paid.surprises(now - 5))

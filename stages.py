@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import board
 import data
@@ -77,7 +78,8 @@ def build(config):
         torch.manual_seed(args.seed)                                   # the same head, whatever the encoder
         K = args.clusters if 'clusters' in args else len(config['data']['classes'])
         model = nets.Classifier(encoder, K, args.head, args.freeze)
-        model = nets.MeanTeacher(model) if 'ema' in args else model
+        voters = args.method == 'query' and isinstance(args.encoder, list)
+        model = nets.MeanTeacher(model, config['data']['train'] * voters, K) if 'ema' in args else model
     elif 'net' in args:
         model = nets.build(args.method, args.net, shape, args.width, getattr(args, 'latent', None))
     else:
@@ -95,6 +97,22 @@ def beginning(run, args, device):
             if isinstance(part, nets.Classifier):
                 part.encoder.load_state_dict(trained)
     return model
+
+
+def look_around(folders, ds, device):
+    """(features (N, D) in which neighbours are looked for, function from float pictures to them): those of the encoders
+    of all these runs side by side, each centred and normalised; the pixels without one."""
+    encoders = [] if folders else [lambda x: x.flatten(1)]
+    for folder in folders or ():
+        config = runs.read_config(folder)
+        model = load_model(Path(folder), config, device)
+        encoders.append(representation(argparse.Namespace(**config['args']), model, None, device)[0])
+    features = [evaluate.in_chunks(encode, ds.x_train, device=device) for encode in encoders]
+    means = [h.mean(0) for h in features]
+    h = torch.cat([F.normalize(h - mean, dim=1) for h, mean in zip(features, means)], 1)
+    def encode_all(x):
+        return torch.cat([F.normalize(encode(x) - mean, dim=1) for encode, mean in zip(encoders, means)], 1)
+    return h, encode_all
 
 
 def read_encoder(folder, shape):
