@@ -132,7 +132,8 @@ class Asking:
     def plan(self, epoch, seconds, pause):
         """train.fit's plan: asks where a round is due, sets `labelled`, returns the number of epochs."""
         now, inside = divmod(epoch - 1, self.args.round_epochs)
-        if self.near is not None and now and inside == 0 and self.model.voted != epoch:
+        most = self.args.rounds * self.args.round_epochs + self.args.closing
+        if self.near is not None and 1 < epoch <= most and inside == 0 and self.model.voted != epoch:
             self.model.votes.copy_(distributed.from_first(self.votes() if distributed.rank() == 0 else None))
             self.model.voted.fill_(epoch)
         answer = None
