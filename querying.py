@@ -134,7 +134,7 @@ class Asking:
         now, inside = divmod(epoch - 1, self.args.round_epochs)
         most = self.args.rounds * self.args.round_epochs + self.args.closing
         if self.near is not None and 1 < epoch <= most and inside == 0 and self.model.voted != epoch:
-            self.model.votes.copy_(distributed.from_first(self.votes() if distributed.rank() == 0 else None))
+            self.model.votes.copy_(distributed.from_first(self.votes(now) if distributed.rank() == 0 else None))
             self.model.voted.fill_(epoch)
         answer = None
         if distributed.rank() == 0:
@@ -172,9 +172,10 @@ class Asking:
             self.seen = self.model.teacher.head(h).softmax(1).detach(), h
         return self.seen
 
-    def votes(self):
-        """(N, K): what the neighbours of each picture are, on average, by the teacher or by the label paid for."""
-        probs, (ids, y) = self.look()[0].clone(), self.paid.revealed()
+    def votes(self, now):
+        """(N, K): what the neighbours of each picture are, on average, by the teacher or by a label paid for in an
+        earlier round."""
+        probs, (ids, y) = self.look()[0].clone(), self.paid.revealed(up_to=now - 1)
         probs[ids.to(self.device)] = F.one_hot(y, probs.shape[1]).to(probs)
         return sum(probs[column] for column in self.near.T) / self.near.shape[1]
 

@@ -2579,8 +2579,8 @@ def test_query_hears_the_neighbours_in_the_features_of_a_second_encoder():
     flags = [w for w in tiny('query', '--closing', 1) if w not in ('--width', 0.1)]
     flags += ['--encoder', finished('simclr'), finished('conv'), '--neighbours', 4]
     seen, votes = [], querying.Asking.votes
-    def spy(asking):
-        found = votes(asking)
+    def spy(asking, now):
+        found = votes(asking, now)
         (ids, y), probs = asking.paid.revealed(), asking.look()[0]
         seen.append((len(ids), found))
         h, _ = stages.look_around([finished('conv')], asking.ds, torch.device('cpu'))
@@ -2603,6 +2603,10 @@ def test_query_hears_the_neighbours_in_the_features_of_a_second_encoder():
                 codes.append(run(*flags, '--name', 'broken', '--resume', cwd=cwd)[0])
         assert codes == [130] * 9 + [0], codes
         assert_same_run(cwd / 'runs/whole', cwd / 'runs/broken')
+        with mock.patch.object(querying.Asking, 'say', side_effect=[None, Killed]), raises(Killed):
+            run(*flags, '--name', 'killed', cwd=cwd)                        # paid, but no checkpoint knows of it
+        assert run(*flags, '--name', 'killed', '--resume', cwd=cwd)[0] == 0
+        assert_same_run(cwd / 'runs/whole', cwd / 'runs/killed')
         assert run('--predict', cwd / 'runs/whole', 'tiny.npz', cwd=cwd)[0] == 0
         y = arrays()
         others = np.setdiff1d(np.arange(120), labels.LabelDatabase(
