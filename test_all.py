@@ -2577,7 +2577,7 @@ def test_the_votes_of_others_can_overrule_the_teacher_and_make_it_unsure():
 
 def test_query_hears_the_neighbours_in_the_features_of_a_second_encoder():
     flags = [w for w in tiny('query', '--closing', 1) if w not in ('--width', 0.1)]
-    flags += ['--encoder', finished('simclr'), finished('conv'), '--neighbours', 4]
+    flags += ['--threshold', 0, '--encoder', finished('simclr'), finished('conv'), '--neighbours', 4]
     seen, votes = [], querying.Asking.votes
     def spy(asking, now):
         found = votes(asking, now)
