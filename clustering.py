@@ -19,14 +19,14 @@ def find_clusters(run, args, ds, device):
     """--method cluster and scan: pseudo-labels from the pictures alone, a network trained on them, better ones."""
     if args.clusters > len(ds.x_train) // 2:
         raise ValueError(f'--clusters {args.clusters} is too many for {len(ds.x_train):,} pictures')
-    h, _ = stages.look_around(args.encoder, ds, device)
+    _, h, _ = stages.look_around(args.encoder, device, ds.x_train)
     near = cluster.neighbours(h, min(args.neighbours, len(h) - 1))
     model = stages.beginning(run, args, device)
     rounds = Clustering(run, args, ds, model, device, near, h)
     objective, more = stages.objective_of(args), {'y': rounds.pred}
     if args.method == 'scan':
         objective, more = partial(objective, labelled=lambda: rounds.labelled), {
-            'y': torch.arange(len(h), device=device), 'after_step': partial(model.follow, args.ema)}
+            'after_step': partial(model.follow, args.ema)}
     x = data.Pictures(ds.x_train, device)
     seconds = stages.train_model(run, args, model, objective, x, plan=rounds.plan, **more)
     if distributed.rank() == 0:
@@ -131,20 +131,11 @@ def score(run, args, ds, model, device, seconds):
     began, best = time.monotonic(), runs.load_checkpoint(run.folder / 'best.pt')
     model.load_state_dict(best['model'])
     if best['voted']:
-        h, encode = stages.look_around(args.encoder, ds, device)
-        answer = voting(encode, h, best['pred'].to(device), args)
+        encode, h, _ = stages.look_around(args.encoder, device, ds.x_train)
+        answer = stages.Neighbours(encode, h, F.one_hot(best['pred'], args.clusters).float().to(device),
+                                   args.neighbours).say
     else:
         answer = stages.answers(args, model, device)
     metrics, shown = evaluate.measure_clusters(ds, answer, args.clusters, best['pred'], device)
     stages.complete(run, args, ds, {**metrics, 'criterion': best['criterion'], 'voted': best['voted']}, shown, seconds,
                     began)
-
-
-def voting(encode, h, pred, args):
-    """Function from float pictures to (B, K + D): how their nearest training pictures, by features h (N, D), are
-    assigned, as shares, beside the features: what an assignment says of pictures it has not seen."""
-    def answer(x):
-        own = encode(x)
-        near = evaluate.most_similar(own, h, args.neighbours)[1]
-        return torch.cat([F.one_hot(pred[near], args.clusters).float().mean(1), own], 1)
-    return answer

@@ -248,6 +248,13 @@ def most_similar(x, bank, k):
     return tuple(map(torch.cat, zip(*found)))
 
 
+def pool(p, q):
+    """What two experts say together, p and q (..., K) probabilities: the normalised geometric mean (a logarithmic
+    opinion pool, Genest & Zidek 1986); a class that q never heard of is not ruled out."""
+    both = (p * (q + 1e-3)).sqrt()
+    return both / both.sum(-1, keepdim=True)
+
+
 def knn(x_train, y_train, x_test, k=20, tau=0.07, classes=None):
     """Class of each test row by a vote of its k nearest training rows: (N,) int64.
 

@@ -210,18 +210,13 @@ class Classifier(nn.Module):
 class MeanTeacher(nn.Module):
     """A classifier and its teacher: the same network with the moving average of its weights (arXiv 1703.01780).
 
-    The student learns; the teacher gets no gradient, never leaves eval mode, and answers for both. With `pictures`, how
-    many are learned from, and K classes it also keeps `votes` (pictures, K), what others say of each since the epoch
-    `voted`: zeros, nothing, at first.
+    The student learns; the teacher gets no gradient, never leaves eval mode, and answers for both.
     """
 
-    def __init__(self, student, pictures=0, K=0):
+    def __init__(self, student):
         super().__init__()
         self.student, self.teacher = student, copy.deepcopy(student).requires_grad_(False)
         self.register_buffer('steps', torch.zeros(()))
-        if pictures:
-            self.register_buffer('votes', torch.zeros(pictures, K))
-            self.register_buffer('voted', torch.zeros((), dtype=torch.int64))
 
     def train(self, mode=True):
         super().train(mode)

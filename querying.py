@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import cluster
 import data
 import distributed
 import evaluate
@@ -92,8 +91,7 @@ def query(run, args, ds, device, trial=None):
     check = trial.scored(None, asking.estimate) if trial else None
     try:
         seconds = stages.train_model(run, args, model, objective, data.Pictures(ds.x_train, device), check=check,
-                                     y=torch.arange(len(ds.x_train), device=device), plan=asking.plan,
-                                     after_step=asking.after_step)
+                              plan=asking.plan, after_step=asking.after_step)
         if trial:
             trial.complete(run, seconds)
         elif distributed.rank() == 0:
@@ -106,18 +104,13 @@ def query(run, args, ds, device, trial=None):
 class Asking:
     """The rounds of --method query: every --round-epochs epochs a round asks for labels, the last asks for none,
     and --closing epochs follow. What was asked is in the database, so that a resumed run asks nothing twice, puts
-    the same questions again that were open, and trains each epoch on the labels that it had. With more than one
-    --encoder the pictures' neighbours in the features of the others vote every --round-epochs epochs."""
+    the same questions again that were open, and trains each epoch on the labels that it had."""
 
     def __init__(self, run, args, ds, model, device):
         self.args, self.ds, self.model, self.device = args, ds, model, device
         self.pool = ds.labelled() if args.oracle == 'data' else torch.arange(len(ds.x_train))    # what can be asked
         self.labelled = None
         self.encode = stages.representation(args, model, None, device)[0]
-        self.seen, self.near = None, None
-        if isinstance(args.encoder, list):
-            h, _ = stages.look_around(args.encoder[1:], ds, device)
-            self.near = cluster.neighbours(h, min(args.neighbours, len(h) - 1))
         self.done, self.began, self.ahead, self.more, self.error = 0, 0.0, 0, True, None
         if distributed.rank() == 0:
             reveal = ds.y_train.__getitem__ if args.oracle == 'data' else None
@@ -131,13 +124,9 @@ class Asking:
 
     def plan(self, epoch, seconds, pause):
         """train.fit's plan: asks where a round is due, sets `labelled`, returns the number of epochs."""
-        now, inside = divmod(epoch - 1, self.args.round_epochs)
-        most = self.args.rounds * self.args.round_epochs + self.args.closing
-        if self.near is not None and 1 < epoch <= most and inside == 0 and self.model.voted != epoch:
-            self.model.votes.copy_(distributed.from_first(self.votes(now) if distributed.rank() == 0 else None))
-            self.model.voted.fill_(epoch)
         answer = None
         if distributed.rank() == 0:
+            now, inside = divmod(epoch - 1, self.args.round_epochs)
             rounds = self.paid.rounds()
             due = now not in rounds and all(asked for asked, _ in rounds.values())
             while inside == 0 and (due or self.paid.unanswered(now) or not self.paid.spent):
@@ -154,7 +143,6 @@ class Asking:
             answer = *self.paid.revealed(up_to=now), last * self.args.round_epochs + self.args.closing
             self.more = now + 1 < last
             ends = (now + 1) * self.args.round_epochs if self.more else answer[2]
-            self.seen = None
             self.ahead = (ends - epoch + 1) * data.steps_per_epoch(len(self.ds.x_train), self.args.batch_size)
         ids, y, epochs = distributed.from_first(answer)
         self.labelled = self.ds.x_train[ids].to(self.device), y.to(self.device)
@@ -162,22 +150,9 @@ class Asking:
         return epochs
 
     def after_step(self):
-        self.model.follow(self.args.ema)
+        args = self.args
+        self.model.follow(args.ema)
         self.done += 1
-
-    def look(self):
-        """(probabilities (N, K) by the teacher, features (N, D)) of all pictures; once an epoch."""
-        if self.seen is None:
-            h = evaluate.in_chunks(self.encode, self.ds.x_train, device=self.device)
-            self.seen = self.model.teacher.head(h).softmax(1).detach(), h
-        return self.seen
-
-    def votes(self, now):
-        """(N, K): what the neighbours of each picture are, on average, by the teacher or by a label paid for in an
-        earlier round."""
-        probs, (ids, y) = self.look()[0].clone(), self.paid.revealed(up_to=now - 1)
-        probs[ids.to(self.device)] = F.one_hot(y, probs.shape[1]).to(probs)
-        return sum(probs[column] for column in self.near.T) / self.near.shape[1]
 
     def left(self):
         """(seconds of training until the next questions or the end, or None where it is not known yet; whether
@@ -201,12 +176,11 @@ class Asking:
             raise ValueError('every picture was skipped, so there is no label to learn from')
         order = labels.pick_random(len(self.pool), len(self.pool), f'{args.seed} round {now}').to(self.device)
         order = order[~torch.isin(order, taken)]
-        probs, h = (seen[self.pool.to(self.device)] for seen in self.look())
-        h = F.normalize(h, dim=1)
+        h = evaluate.in_chunks(self.encode, self.ds.x_train, ids=self.pool, device=self.device)
+        probs, h = self.model.teacher.head(h).softmax(1).detach(), F.normalize(h, dim=1)
         if now:
             drawn = order[:n if args.pick == 'random' else math.ceil(args.audit * n)]
-            pooled = probs if self.near is None else train.pool(probs, self.model.votes[self.pool.to(self.device)])
-            ids, agreed = labels.pick_informative(n - len(drawn), pooled, h, torch.cat([taken, drawn]), known, y,
+            ids, agreed = labels.pick_informative(n - len(drawn), probs, h, torch.cat([taken, drawn]), known, y,
                                                   f'{args.seed} round {now}')
             ids = torch.cat([drawn, ids])
             estimate, self.error = labels.estimate_accuracy(probs, agreed, self.paid.surprises(now - 5))
@@ -242,22 +216,40 @@ class Asking:
 def score(run, args, ds, model, device, seconds):
     """Measure a classifier on the test set, once, and write metrics.json."""
     began, paid = time.monotonic(), labels.LabelDatabase(run.folder / 'labels.sqlite', None, 0, *ds.key)
-    metrics, shown = evaluate.measure_classifier(ds, stages.answers(args, model, device), device, args.seed)
+    if args.method == 'query':
+        write_predictions(run.folder, args, model, ds, device, paid)
+    answer = stages.answers(args, model, device, neighbours_of(run.folder, args, device))
+    metrics, shown = evaluate.measure_classifier(ds, answer, device, args.seed)
     rows = paid.history()
     shown['asked'] = ds.x_train[torch.tensor([i for i, *_ in rows])], rows, paid.rounds()
-    if args.method == 'query':
-        write_predictions(run.folder, stages.probabilities(args, model, ds.x_train, device).cpu(), paid, ds.classes)
     estimates = [estimate for _, estimate in paid.rounds().values() if estimate is not None]
     if estimates:
         metrics.update(estimate=estimates[-1], rounds=len(paid.rounds()))
     stages.complete(run, args, ds, {'labels': paid.spent, **metrics}, shown, seconds, began)
 
 
-def write_predictions(folder, probs, paid, classes):
+def neighbours_of(folder, args, device):
+    """stages.Neighbours of a query with more than one --encoder, as write_predictions left them; None of others."""
+    if args.method != 'query' or not isinstance(args.encoder, list):
+        return None
+    state = runs.load_checkpoint(folder / 'neighbours.pt')
+    encode, _, _ = stages.look_around(args.encoder[1:], device, means=[mean.to(device) for mean in state['means']])
+    return stages.Neighbours(encode, state['h'].to(device), state['said'].to(device), args.neighbours)
+
+
+def write_predictions(folder, args, model, ds, device, paid):
     """predictions.csv and predictions.npz: of every training picture its class and how sure that is; where the
-    oracle gave the label, that label, at confidence 1."""
-    confidence, label = (probs / probs.sum(1, keepdim=True)).max(1)
+    oracle gave the label, that label, at confidence 1. neighbours.pt, if there is a second --encoder: what is so said
+    by the network alone, beside the features by which neighbours are found."""
+    probs, classes = stages.probabilities(args, model, ds.x_train, device), ds.classes
     given, (ids, y) = torch.zeros(len(probs), dtype=torch.bool), paid.revealed()
+    if isinstance(args.encoder, list):
+        _, h, means = stages.look_around(args.encoder[1:], device, ds.x_train)
+        probs[ids.to(device)] = F.one_hot(y, len(classes)).to(probs)
+        runs.write_state(folder / 'neighbours.pt', {'h': h.cpu(), 'means': [mean.cpu() for mean in means],
+                                                    'said': probs.cpu()})
+        probs = evaluate.pool(probs, probs[evaluate.most_similar(h, h, args.neighbours)[1]].mean(1))
+    confidence, label = (probs.cpu() / probs.cpu().sum(1, keepdim=True)).max(1)
     given[ids], confidence[ids], label[ids] = True, 1.0, y
     text, blob = io.StringIO(), io.BytesIO()
     table = csv.writer(text, lineterminator='\n')

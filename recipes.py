@@ -157,7 +157,8 @@ def predict(folder, path, device):
     if x.shape[1:] != shape:
         raise ValueError(f'{path} holds pictures {tuple(x.shape[1:])}, and {folder} was trained on {shape}')
     with torch.no_grad():
-        sure, pred = stages.probabilities(args, model, x, device).max(1)
+        neighbours = querying.neighbours_of(folder, args, device)
+        sure, pred = stages.probabilities(args, model, x, device, neighbours).max(1)
     out = csv.writer(sys.stdout, lineterminator='\n')
     out.writerow(['index', 'class', 'name', 'confidence'])
     out.writerows([i, k, classes[k], f'{p:.4f}'] for i, (k, p) in enumerate(zip(pred.tolist(), sure.tolist())))

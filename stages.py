@@ -78,8 +78,7 @@ def build(config):
         torch.manual_seed(args.seed)                                   # the same head, whatever the encoder
         K = args.clusters if 'clusters' in args else len(config['data']['classes'])
         model = nets.Classifier(encoder, K, args.head, args.freeze)
-        voters = args.method == 'query' and isinstance(args.encoder, list)
-        model = nets.MeanTeacher(model, config['data']['train'] * voters, K) if 'ema' in args else model
+        model = nets.MeanTeacher(model) if 'ema' in args else model
     elif 'net' in args:
         model = nets.build(args.method, args.net, shape, args.width, getattr(args, 'latent', None))
     else:
@@ -99,20 +98,21 @@ def beginning(run, args, device):
     return model
 
 
-def look_around(folders, ds, device):
-    """(features (N, D) in which neighbours are looked for, function from float pictures to them): those of the encoders
-    of all these runs side by side, each centred and normalised; the pixels without one."""
+def look_around(folders, device, x=None, means=None):
+    """(function from float pictures to the features in which neighbours are looked for, those of pictures x, means):
+    the features of all these runs side by side, each centred by its mean over x, or `means`, and normalised; the pixels
+    without a run."""
     encoders = [] if folders else [lambda x: x.flatten(1)]
     for folder in folders or ():
         config = runs.read_config(folder)
         model = load_model(Path(folder), config, device)
         encoders.append(representation(argparse.Namespace(**config['args']), model, None, device)[0])
-    features = [evaluate.in_chunks(encode, ds.x_train, device=device) for encode in encoders]
-    means = [h.mean(0) for h in features]
-    h = torch.cat([F.normalize(h - mean, dim=1) for h, mean in zip(features, means)], 1)
-    def encode_all(x):
-        return torch.cat([F.normalize(encode(x) - mean, dim=1) for encode, mean in zip(encoders, means)], 1)
-    return h, encode_all
+    features = [evaluate.in_chunks(encode, x, device=device) for encode in encoders if x is not None]
+    means = means or [h.mean(0) for h in features]
+    def side_by_side(parts):
+        return torch.cat([F.normalize(h - mean, dim=1) for h, mean in zip(parts, means)], 1)
+    return (lambda x: side_by_side([encode(x) for encode in encoders]), side_by_side(features) if features else None,
+            means)
 
 
 def read_encoder(folder, shape):
@@ -229,9 +229,9 @@ def representation(args, model, x_train, device, forward=None):
     return encode, reconstruct if hasattr(model, 'decode') else None
 
 
-def answers(args, model, device):
+def answers(args, model, device, neighbours=None):
     """Function from float pictures to (B, K + D): class probabilities, the mean of those of data.fixed_views of the
-    kinds that training saw, beside features."""
+    kinds that training saw, beside features. neighbours: Neighbours, to be pooled with."""
     net = getattr(model, 'teacher', model)
     def forward(x):
         h = net.encode(x)
@@ -240,14 +240,29 @@ def answers(args, model, device):
     def answer(x):
         out = [both(view) for view in data.fixed_views(x, args.crop < 1, args.flip)]
         probs = torch.stack([o[:, :K].softmax(1) for o in out]).mean(0)
+        if neighbours:
+            probs = evaluate.pool(probs, neighbours.say(x)[:, :K])
         return torch.cat([probs, out[0][:, K:]], 1)
     return answer
 
 
-def probabilities(args, model, x, device):
+def probabilities(args, model, x, device, neighbours=None):
     """Class or cluster probabilities (N, K) of uint8 pictures x."""
     K = getattr(model, 'teacher', model).head[-1].out_features
-    return evaluate.in_chunks(answers(args, model, device), x, device=device)[:, :K]
+    return evaluate.in_chunks(answers(args, model, device, neighbours), x, device=device)[:, :K]
+
+
+class Neighbours:
+    """What is said of the k training pictures that are nearest in the features of other runs: `encode` and h (N, D) as
+    from look_around, said (N, K)."""
+
+    def __init__(self, encode, h, said, k):
+        self.encode, self.h, self.said, self.k = encode, h, said, k
+
+    def say(self, x):
+        """Float pictures (B, C, H, W) -> (B, K + D): the mean over their neighbours, beside features."""
+        own = self.encode(x)
+        return torch.cat([self.said[evaluate.most_similar(own, self.h, self.k)[1]].mean(1), own], 1)
 
 
 def complete(run, args, ds, metrics, shown, seconds, began):

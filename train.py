@@ -58,33 +58,22 @@ def classification(model, x, y, g, views=None, mixup=0.0):
     return share * losses.cross_entropy(logits, y) + (1 - share) * losses.cross_entropy(logits, y[other]), {}
 
 
-def pool(p, q):
-    """What two experts say together, p and q (..., K) probabilities: the normalised geometric mean (a logarithmic
-    opinion pool, Genest & Zidek 1986), which is sure only where both are; a class that q never heard of is not ruled
-    out. Where q is all zeros, p alone."""
-    both = (p * (q + 1e-3)).sqrt()
-    return torch.where(q.sum(-1, keepdim=True) > 0, both / both.sum(-1, keepdim=True), p)
-
-
-def consistency(model, x, ids, g, labelled, views, threshold=0.95):
+def consistency(model, x, g, labelled, views, threshold=0.95):
     """FixMatch (arXiv 2001.07685) with a mean teacher, on unlabelled pictures x and a quarter as many labelled
     ones: cross-entropy of the labelled, plus that of the student's prediction for a strong view against the class
-    that the teacher sees in a weak view, pooled with the votes of the others if there are any, where it is surer than
-    `threshold`.
+    that the teacher sees in a weak view, where it is surer than `threshold`.
 
-    model: nets.MeanTeacher. ids (B,): the places of x among the pictures that it keeps votes of. labelled: function
-    that returns (x, y) of those paid for so far. views: the strong ones.
+    model: nets.MeanTeacher. labelled: function that returns (x, y) of those paid for so far. views: the strong ones.
     """
     x_l, y_l = labelled()
-    some = torch.randint(len(y_l), (-(-len(x) // 4),), generator=g, device=x.device)
+    ids = torch.randint(len(y_l), (-(-len(x) // 4),), generator=g, device=x.device)
     weak = data.augment(x, data.Views(crop=0.9, flip=views.flip, rotate=0, jitter=0), g)
     with torch.no_grad():
-        probs = model.teacher(weak).float().softmax(1)
-        sure, guess = (pool(probs, model.votes[ids]) if hasattr(model, 'votes') else probs).max(1)
-    logits = model.student(data.augment(torch.cat([data.to_float(x_l[some]), x]), views, g))
+        sure, guess = model.teacher(weak).float().softmax(1).max(1)
+    logits = model.student(data.augment(torch.cat([data.to_float(x_l[ids]), x]), views, g))
     accepted = (sure > threshold).float()
-    supervised = losses.cross_entropy(logits[:len(some)], y_l[some])
-    unsupervised = losses.cross_entropy(logits[len(some):], guess, accepted)
+    supervised = losses.cross_entropy(logits[:len(ids)], y_l[ids])
+    unsupervised = losses.cross_entropy(logits[len(ids):], guess, accepted)
     return supervised + unsupervised, {'accepted': accepted.mean()}
 
 
