@@ -232,7 +232,9 @@ def neighbours_of(folder, args, device):
     """stages.Neighbours of a query with more than one --encoder, as write_predictions left them; None of others."""
     if args.method != 'query' or not isinstance(args.encoder, list):
         return None
-    state = runs.load_checkpoint(folder / 'neighbours.pt')
+    if not (path := folder / 'neighbours.pt').exists():
+        raise ValueError(f'{path} is missing; --evaluate {folder} writes it anew')
+    state = runs.load_checkpoint(path)
     encode, _, _ = stages.look_around(args.encoder[1:], device, means=[mean.to(device) for mean in state['means']])
     return stages.Neighbours(encode, state['h'].to(device), state['said'].to(device), args.neighbours)
 

@@ -562,9 +562,7 @@ def test_reliable_pictures_are_those_of_each_cluster_whose_neighbours_are_surest
 
 def test_unseen_pictures_are_assigned_by_a_vote_of_their_neighbours():
     h, blob = blobs()
-    answer = clustering.voting(lambda x: x, h, blob, cli.parse(['--method', 'scan', '--clusters', '4',
-                                                                '--neighbours', '7'])[0])
-    out = answer(h[:9] + 0.01)
+    out = stages.Neighbours(lambda x: x, h, torch.eye(4)[blob], 7).say(h[:9] + 0.01)
     cosine = 1 - scipy.spatial.distance.cdist(h[:9].numpy() + 0.01, h.numpy(), 'cosine')
     for row, near in zip(out, np.argsort(-cosine, axis=1)[:, :7]):
         assert close(row[:4], [sum(int(blob[i]) == c for i in near) / 7 for c in range(4)])
@@ -2536,7 +2534,7 @@ def test_consistency_learns_from_pictures_the_teacher_is_sure_of_and_from_no_oth
     x_l, y_l = (randn(5, 1, 8, 8, seed=2).sigmoid() * 255).byte(), torch.tensor([0, 1, 2, 0, 1])
     def value(threshold):
         g = data.generator('cpu', 0)
-        loss, parts = train.consistency(model, x, torch.arange(8), g, lambda: (x_l, y_l), views, threshold)
+        loss, parts = train.consistency(model, x, g, lambda: (x_l, y_l), views, threshold)
         return loss.item(), parts['accepted'].item()
     ids = torch.randint(5, (2,), generator=data.generator('cpu', 0))
     supervised = torch.nn.functional.cross_entropy(model.student(x_l[ids].float() / 255), y_l[ids]).item()
@@ -2548,78 +2546,58 @@ def test_consistency_learns_from_pictures_the_teacher_is_sure_of_and_from_no_oth
     assert close(loss, supervised + unsupervised) and accepted == 1
 
 
-def test_the_votes_of_others_can_overrule_the_teacher_and_make_it_unsure():
+def test_pooled_experts_are_their_normalised_geometric_mean():
     p, q = rand(6, 4, seed=1).softmax(1), rand(6, 4, seed=2).softmax(1)
-    q[0] = 0                                                               # nobody has voted
-    both = train.pool(p, q)
-    for i in range(6):
-        wanted = [math.exp((math.log(a) + math.log(b + 1e-3)) / 2) for a, b in zip(p[i].tolist(), q[i].tolist())]
-        assert close(both[i], np.array(wanted) / sum(wanted) if i else p[i])
-    torch.manual_seed(0)
-    model = nets.MeanTeacher(nets.Classifier(nets.Encoder('fc', (1, 8, 8)), 3), 20, 3).train()
-    model.teacher.head[0].weight.data *= 50
-    x, ids, x_l, y_l = rand(8, 1, 8, 8, seed=1), torch.arange(12, 20), torch.zeros(1, 1, 8, 8), torch.tensor([0])
-    guess = model.teacher(x).argmax(1)
-    def value(threshold=0.0):
-        with mock.patch.object(data, 'augment', lambda x, views, g: x):
-            loss, parts = train.consistency(model, x, ids, data.generator('cpu', 0), lambda: (x_l, y_l), data.Views(),
-                                            threshold)
-        return loss.item() - losses.cross_entropy(model.student(x_l), y_l).item(), parts['accepted'].item()
-    assert close(value()[0], losses.cross_entropy(model.student(x), guess).item(), 1e-4)
-    other = (guess + 1) % 3
-    model.votes[ids] = 1e9 * torch.nn.functional.one_hot(other, 3)          # louder than any teacher
-    assert close(value()[0], losses.cross_entropy(model.student(x), other).item(), 1e-4)
-    model.votes[ids] = torch.nn.functional.one_hot(guess, 3).float()
-    agreed = value(0.9)[1]
-    model.votes[ids] = torch.nn.functional.one_hot(other, 3).float()
-    assert value(0.9)[1] < agreed > 0
+    q[0] = torch.tensor([0.0, 0, 0, 1])                                     # a class it never heard of is not ruled out
+    for both, a, b in zip(evaluate.pool(p, q).tolist(), p.tolist(), q.tolist()):
+        wanted = [math.exp((math.log(u) + math.log(v + 1e-3)) / 2) for u, v in zip(a, b)]
+        assert close(both, np.array(wanted) / sum(wanted)) and min(both) > 0
 
 
-def test_query_hears_the_neighbours_in_the_features_of_a_second_encoder():
+def test_a_query_with_a_second_encoder_learns_the_same_and_hears_neighbours_when_it_predicts():
     flags = [w for w in tiny('query', '--closing', 1) if w not in ('--width', 0.1)]
-    flags += ['--threshold', 0, '--encoder', finished('simclr'), finished('conv'), '--neighbours', 4]
-    seen, votes = [], querying.Asking.votes
-    def spy(asking, now):
-        found = votes(asking, now)
-        (ids, y), probs = asking.paid.revealed(), asking.look()[0]
-        seen.append((len(ids), found))
-        h, _ = stages.look_around([finished('conv')], asking.ds, torch.device('cpu'))
-        for i in range(0, 120, 7):                                          # by a loop, over another's features
-            near = sorted(set(range(120)) - {i}, key=lambda j: -float(h[i] @ h[j]))[:4]
-            own = [[float(k == y[ids.tolist().index(j)]) for k in range(3)] if j in ids else probs[j].tolist()
-                   for j in near]
-            assert close(found[i], np.mean(own, 0), 1e-4)
-        return found
+    both = ['--encoder', finished('simclr'), finished('conv'), '--neighbours', 4]
     with folder() as cwd:
         write_npz(cwd / 'tiny.npz')
-        with mock.patch.object(querying.Asking, 'votes', spy):
-            code, _, err = run(*flags, '--name', 'whole', cwd=cwd)
-        assert code == 0 and not err and [n for n, _ in seen] == [7, 15], err
-        state = weights(cwd / 'runs/whole')['model']
-        assert state['voted'] == 3 and torch.equal(state['votes'], seen[-1][1])
-        codes = []
-        while codes[-1:] != [0] and len(codes) < 20:                        # stopped after each step
-            with stopping(signal.SIGTERM):
-                codes.append(run(*flags, '--name', 'broken', '--resume', cwd=cwd)[0])
-        assert codes == [130] * 9 + [0], codes
-        assert_same_run(cwd / 'runs/whole', cwd / 'runs/broken')
-        with mock.patch.object(querying.Asking, 'say', side_effect=[None, Killed]), raises(Killed):
-            run(*flags, '--name', 'killed', cwd=cwd)                        # paid, but no checkpoint knows of it
-        assert run(*flags, '--name', 'killed', '--resume', cwd=cwd)[0] == 0
-        assert_same_run(cwd / 'runs/whole', cwd / 'runs/killed')
-        assert run('--predict', cwd / 'runs/whole', 'tiny.npz', cwd=cwd)[0] == 0
-        y = arrays()
-        others = np.setdiff1d(np.arange(120), labels.LabelDatabase(
-            cwd / 'runs/whole/labels.sqlite', None, 0, data.load(cwd / 'tiny.npz').digest).revealed()[0].numpy())
-        y['y_train'][others] = y['y_train'][others[::-1]]
-        write_npz(cwd / 'tiny.npz', **y)
-        assert run(*flags, '--name', 'other', cwd=cwd)[0] == 0              # labels nobody paid for change nothing
-        assert_same_run(cwd / 'runs/whole', cwd / 'runs/other')
-        write_npz(cwd / 'tiny.npz')
+        for name, more in ('alone', both[:2]), ('both', both):
+            code, _, err = run(*flags, *more, '--name', name, cwd=cwd)
+            assert code == 0 and not err, err
+        alone, there = cwd / 'runs/alone', cwd / 'runs/both'
+        assert runs.state_digest(weights(alone)) == runs.state_digest(weights(there))
+        ds = data.load(cwd / 'tiny.npz')
+        ids, y = labels.LabelDatabase(there / 'labels.sqlite', None, 0, ds.digest).revealed()
+        _, args, net, cpu = stages.reopen(alone, 'cpu')
+        def network(x):
+            return stages.probabilities(args, net, x, cpu)
+        said = network(ds.x_train)
+        said[ids] = torch.eye(3)[y]
+        encoder = stages.load_model(finished('conv'), runs.read_config(finished('conv')), cpu).eval()
+        h_train, h_test = (encoder.encode(data.to_float(x)).detach() for x in (ds.x_train, ds.x_test))
+        mean, wanted = h_train.mean(0), []
+        for i, p in enumerate(network(ds.x_test)):                          # by a loop, in another's features
+            cosine = [float(torch.cosine_similarity(h_test[i] - mean, h - mean, dim=0)) for h in h_train]
+            near = sorted(range(120), key=lambda j: -cosine[j])[:4]
+            q = sum(said[j] for j in near) / 4
+            both_say = ((p.log() + (q + 1e-3).log()) / 2).exp()
+            wanted.append(both_say / both_say.sum())
+        wanted = torch.stack(wanted)
+        np.savez(cwd / 'test.npz', x=ds.x_test[:, 0].numpy())
+        code, out, err = run('--predict', there, 'test.npz', cwd=cwd)
+        assert code == 0 and not err, err
+        rows = list(csv.DictReader(io.StringIO(out)))
+        assert [int(r['class']) for r in rows] == wanted.argmax(1).tolist()
+        assert close([float(r['confidence']) for r in rows], wanted.max(1).values, 2e-4)
+        right = (wanted.argmax(1) == ds.y_test).float().mean().item()
+        assert close(measured(there)['accuracy'], right) and measured(alone)['accuracy'] != right
+        mine, other = (np.load(f / 'predictions.npz') for f in (there, alone))
+        assert (mine['label'][ids] == y.numpy()).all() and (mine['confidence'] != other['confidence']).any()
+        before = measured(there)
+        assert run('--evaluate', there, cwd=cwd)[0] == 0 and measured(there) == before
+        (there / 'neighbours.pt').unlink()
+        refused('--predict', there, 'test.npz', cwd=cwd, said=['neighbours.pt', '--evaluate'])
         refused(*tiny('query'), '--neighbours', 4, cwd=cwd, said=['--neighbours', 'second --encoder'])
-        refused(*[w for w in tiny('classify') if w not in ('--width', 0.1)], '--encoder', finished('simclr'),
-                finished('conv'), cwd=cwd, said=['one --encoder', '2'])
-        refused(*flags[:-4], finished('simclr'), finished('pca'), cwd=cwd, said=['no encoder'])
+        refused(*[w for w in tiny('classify') if w not in ('--width', 0.1)], *both[:3], cwd=cwd, said=['one', '2'])
+        refused(*flags, *both[:2], finished('pca'), '--name', 'pca', cwd=cwd, said=['no encoder'])
 
 
 def test_sam_takes_the_gradient_where_the_loss_is_highest_nearby_and_goes_back():
