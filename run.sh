@@ -16,8 +16,8 @@ methods='pixels pca random ae conv vae simclr scan query query-random'
 
 flags() {   # of method $2 in schedule $1, whose run is called $3; a method that isn't named keeps its defaults
   case $2 in
-    query)        echo --encoder "runs/${3/query/simclr}" ;;
-    query-random) echo --encoder "runs/${3/query-random/simclr}" --pick random ;;   # the control
+    query)        echo --encoder "runs/${3/query/simclr}" "runs/${3/query/conv}" ;;
+    query-random) echo --encoder "runs/${3/query-random/simclr}" "runs/${3/query-random/conv}" --pick random ;;
     scan)         echo --encoder "runs/${3/scan/simclr}" "runs/${3/scan/conv}" ;;
   esac
   case $1-$2 in

@@ -228,8 +228,8 @@ else:
 
         g = p.add_argument_group('few labels')
         flag(g, '--encoder', 'run folder whose encoder to start from, without it from scratch; cluster and scan take '
-             'several, and see neighbours in the features of all; query too, and hears neighbours in the features of '
-             'the others', type=path, nargs='+', metavar='RUN')
+             'several, and see neighbours in the features of all; query too, and hears neighbours in those of the '
+             'others when it predicts', type=path, nargs='+', metavar='RUN')
         flag(g, '--labels', 'how many labels to pay for, or below 1 their share',
              type=number(float, 0, 1e9, above=True), metavar='N')
         flag(g, '--pick', 'which: random, coverage (classify: k-means medoids of the encoder\'s features), informative '
