@@ -232,9 +232,10 @@ def neighbours_of(folder, args, device):
     """stages.Neighbours of a query with more than one --encoder, as write_predictions left them; None of others."""
     if args.method != 'query' or not isinstance(args.encoder, list):
         return None
-    if not (path := folder / 'neighbours.pt').exists():
-        raise ValueError(f'{path} is missing; --evaluate {folder} writes it anew')
-    state = runs.load_checkpoint(path)
+    path = folder / 'neighbours.pt'
+    state = runs.load_checkpoint(path) if path.exists() else {}
+    if not {'h', 'means', 'said'} <= state.keys():
+        raise ValueError(f'{path} is missing or of another kind; --evaluate {folder} writes it anew')
     encode, _, _ = stages.look_around(args.encoder[1:], device, means=[mean.to(device) for mean in state['means']])
     return stages.Neighbours(encode, state['h'].to(device), state['said'].to(device), args.neighbours)
 
