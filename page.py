@@ -352,9 +352,9 @@ def queries(shown, classes, metrics):
 def curve_title(config):
     """What a curve over numbers of labels is called."""
     args = config['args']
-    begun = Path(np.atleast_1d(args['encoder'])[0]).name if args.get('encoder') else ''
+    begun = ' and '.join(Path(f).name for f in np.atleast_1d(args.get('encoder') or 'scratch'))
     asked = ', random queries' if args['method'] == 'query' and args['pick'] == 'random' else ''
-    return args['method'] + (f' from {begun}' if begun else ' from scratch') + asked
+    return (args['method'] + f' from {begun}{asked}').replace(f'-seed={args["seed"]}', '')
 
 
 def write_comparison(path, folders):
