@@ -4405,6 +4405,7 @@ def formats_of_files(f, rng):
             report.compare([there])
             page.write_comparison(f / 'page.html', [there])
             (f / 'page.html').unlink()
+            (f / 'accuracy.svg').unlink(missing_ok=True)
             runs.state(there)
         good = json.loads((there / 'metrics.json').read_text())
         yield f'metrics.json of {method}', there / 'metrics.json', [json.dumps(good).encode()] + [
