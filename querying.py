@@ -216,9 +216,8 @@ class Asking:
 def score(run, args, ds, model, device, seconds):
     """Measure a classifier on the test set, once, and write metrics.json."""
     began, paid = time.monotonic(), labels.LabelDatabase(run.folder / 'labels.sqlite', None, 0, *ds.key)
-    if args.method == 'query':
-        write_predictions(run.folder, args, model, ds, device, paid)
-    answer = stages.answers(args, model, device, neighbours_of(run.folder, args, device))
+    neighbours = write_predictions(run.folder, args, model, ds, device, paid) if args.method == 'query' else None
+    answer = stages.answers(args, model, device, neighbours)
     metrics, shown = evaluate.measure_classifier(ds, answer, device, args.seed)
     rows = paid.history()
     shown['asked'] = ds.x_train[torch.tensor([i for i, *_ in rows])], rows, paid.rounds()
@@ -242,16 +241,17 @@ def neighbours_of(folder, args, device):
 
 def write_predictions(folder, args, model, ds, device, paid):
     """predictions.csv and predictions.npz: of every training picture its class and how sure that is; where the
-    oracle gave the label, that label, at confidence 1. neighbours.pt, if there is a second --encoder: what is so said
-    by the network alone, beside the features by which neighbours are found."""
+    oracle gave the label, that label, at confidence 1. With a second --encoder also neighbours.pt: what is so said by
+    the network alone, beside the features by which neighbours are found; returns those stages.Neighbours, else None."""
     probs, classes = stages.probabilities(args, model, ds.x_train, device), ds.classes
-    given, (ids, y) = torch.zeros(len(probs), dtype=torch.bool), paid.revealed()
+    given, (ids, y), neighbours = torch.zeros(len(probs), dtype=torch.bool), paid.revealed(), None
     if isinstance(args.encoder, list):
-        _, h, means = stages.look_around(args.encoder[1:], device, ds.x_train)
+        encode, h, means = stages.look_around(args.encoder[1:], device, ds.x_train)
         probs[ids.to(device)] = F.one_hot(y, len(classes)).to(probs)
         runs.write_state(folder / 'neighbours.pt', {'h': h.cpu(), 'means': [mean.cpu() for mean in means],
                                                     'said': probs.cpu()})
-        probs = evaluate.pool(probs, probs[evaluate.most_similar(h, h, args.neighbours)[1]].mean(1))
+        neighbours = stages.Neighbours(encode, h, probs, args.neighbours)
+        probs = evaluate.pool(probs, neighbours.vote(h))
     confidence, label = (probs.cpu() / probs.cpu().sum(1, keepdim=True)).max(1)
     given[ids], confidence[ids], label[ids] = True, 1.0, y
     text, blob = io.StringIO(), io.BytesIO()
@@ -262,3 +262,4 @@ def write_predictions(folder, args, model, ds, device, paid):
     np.savez(blob, label=label, confidence=confidence, given=given, classes=np.array(classes))
     runs.write_atomic(folder / 'predictions.csv', text.getvalue().encode())
     runs.write_atomic(folder / 'predictions.npz', blob.getvalue())
+    return neighbours

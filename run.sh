@@ -14,7 +14,8 @@ set -euo pipefail
 
 methods='pixels pca random ae conv vae simclr scan query query-random'
 
-flags() {   # of method $2 in schedule $1, whose run is called $3; a method that isn't named keeps its defaults
+flags() {   # of method $2 in schedule $1, whose run is called $3; a method that isn't named keeps its defaults;
+            # query-random is the control of query
   case $2 in
     query)        echo --encoder "runs/${3/query/simclr}" "runs/${3/query/conv}" ;;
     query-random) echo --encoder "runs/${3/query-random/simclr}" "runs/${3/query-random/conv}" --pick random ;;

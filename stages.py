@@ -241,7 +241,7 @@ def answers(args, model, device, neighbours=None):
         out = [both(view) for view in data.fixed_views(x, args.crop < 1, args.flip)]
         probs = torch.stack([o[:, :K].softmax(1) for o in out]).mean(0)
         if neighbours:
-            probs = evaluate.pool(probs, neighbours.say(x)[:, :K])
+            probs = evaluate.pool(probs, neighbours.vote(neighbours.encode(x)))
         return torch.cat([probs, out[0][:, K:]], 1)
     return answer
 
@@ -259,10 +259,14 @@ class Neighbours:
     def __init__(self, encode, h, said, k):
         self.encode, self.h, self.said, self.k = encode, h, said, k
 
+    def vote(self, h):
+        """Features (B, D) of pictures -> (B, K): the mean over their neighbours."""
+        return self.said[evaluate.most_similar(h, self.h, self.k)[1]].mean(1)
+
     def say(self, x):
-        """Float pictures (B, C, H, W) -> (B, K + D): the mean over their neighbours, beside features."""
-        own = self.encode(x)
-        return torch.cat([self.said[evaluate.most_similar(own, self.h, self.k)[1]].mean(1), own], 1)
+        """Float pictures (B, C, H, W) -> (B, K + D): their vote beside their features."""
+        h = self.encode(x)
+        return torch.cat([self.vote(h), h], 1)
 
 
 def complete(run, args, ds, metrics, shown, seconds, began):
