@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import fetch
 import formats
+from losses import in_float32
 
 IDX_TYPES = {0x08: '>u1', 0x09: '>i1', 0x0B: '>i2', 0x0C: '>i4', 0x0D: '>f4', 0x0E: '>f8'}
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')      # where Debian's dataset-fashion-mnist installs
@@ -374,11 +375,13 @@ class Views:
     flip: bool = True           # mirror left-right, half of the time
     rotate: float = 10.0        # degrees, either way
     jitter: float = 0.4         # brightness and contrast (and saturation, hue / 4 on colour), relative
+    grey: float = 0.0           # share of pictures whose colours are taken out; draws nothing on one channel
     blur: float = 0.0           # share of pictures blurred
     cutout: float = 0.0         # side of the erased square, as a share of the picture's
     noise: float = 0.0          # standard deviation of additive Gaussian noise, on the 0..1 scale
 
 
+@in_float32                                           # autocast would round where crops lie, and mix types in colours
 def augment(x, views, g=None):
     """One random view of each picture: x (B, C, H, W) float 0..1 -> the same shape, in 0..1.
 
@@ -387,6 +390,8 @@ def augment(x, views, g=None):
     x = warp(x, views.crop, views.flip, views.rotate, g)
     if views.jitter:
         x = color_jitter(x, views.jitter, g)
+    if views.grey and x.shape[1] == 3:
+        x = torch.where(uniform(g, x, 0, 1).view(-1, 1, 1, 1) < views.grey, grey(x), x)
     if views.blur:
         x = blur(x, views.blur, g)
     if views.cutout:

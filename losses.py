@@ -8,16 +8,17 @@ import torch.nn.functional as F
 CHUNK = 1 << 20                                     # similarities at once: 4 MiB stay in a cache
 
 
-def in_float32(loss):
-    """Decorator: run a loss with autocast off and its tensors as float32 (half precision rounds too much)."""
+def in_float32(function):
+    """Decorator: run a function of tensors, a loss say, with autocast off and them as float32 (half precision rounds
+    too much)."""
     def up(a):
         return a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
-    @functools.wraps(loss)
+    @functools.wraps(function)
     def wrapped(x, *args, **kwargs):
         kind = x.device.type
         off = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
         with off:
-            return loss(up(x), *map(up, args), **kwargs)
+            return function(up(x), *map(up, args), **kwargs)
     return wrapped
 
 

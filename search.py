@@ -66,7 +66,7 @@ class Trial:
 
 def search(args, typed, run):
     """Try --search settings from the ranges --over, each as a run of its own, and print them, the best first."""
-    shapes_loss = {'tau', 'crop', 'rotate', 'jitter', 'blur', 'cutout', 'noise', 'beta'}
+    shapes_loss = {'tau', 'crop', 'rotate', 'jitter', 'grey', 'blur', 'cutout', 'noise', 'beta'}
     by_loss = args.method in ('ae', 'conv', 'vae') and not shapes_loss & {key for key, *_ in args.over}
     by_knn = not by_loss and args.method not in ('classify', 'query')
     if by_knn and stages.load(args).y_train is None:

@@ -65,6 +65,7 @@ else:
         'flip': dict(simclr=True, **all_headed(True)),
         'rotate': dict(simclr=10.0, **all_headed(10.0, classify=5.0)),
         'jitter': dict(simclr=0.4, **all_headed(0.4, classify=0.2)),
+        'grey': dict(simclr=0.2, **all_headed(0.0)),
         'blur': dict(simclr=0.0, **all_headed(0.0)),
         'cutout': dict(simclr=0.0, **all_headed(0.4, classify=0.3)),
     }
@@ -279,6 +280,7 @@ else:
         flag(g, '--rotate', 'degrees, either way', type=number(float, 0, 180), metavar='DEG')
         flag(g, '--jitter', 'brightness, contrast; on colour saturation and, a quarter of it, hue', type=share,
              metavar='X')
+        flag(g, '--grey', 'share of colour pictures whose colours are taken out', type=share, metavar='X')
         flag(g, '--blur', 'share of pictures blurred', type=share, metavar='X')
         flag(g, '--cutout', 'side of an erased square as a share of the picture', type=share, metavar='X')
         return p

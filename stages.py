@@ -178,7 +178,8 @@ def data_of(folder, config):
 
 def views_of(args):
     """The augmentation flags as data.Views."""
-    return data.Views(args.crop, args.flip, args.rotate, args.jitter, args.blur, args.cutout, args.noise)
+    grey = getattr(args, 'grey', 0.0)                                      # older runs have none
+    return data.Views(args.crop, args.flip, args.rotate, args.jitter, grey, args.blur, args.cutout, args.noise)
 
 
 def objective_of(args):

@@ -9,6 +9,7 @@ import ast
 import base64
 import contextlib
 import csv
+import dataclasses
 import errno
 import functools
 import gc
@@ -387,7 +388,7 @@ def test_a_wrong_value_of_any_number_flag_is_one_line_and_starts_nothing():
     assert len(numbers) > 20
     wrong = ['-1', '-1e9', 'nan', 'inf', '1e999', '9' * 400, '', 'abc', '1,5', '0x10', '--lr']
     zero = {'seed', 'epochs', 'weight_decay', 'warmup', 'patience', 'min_delta', 'noise', 'beta', 'rotate',
-            'jitter', 'blur', 'cutout', 'mixup', 'sam', 'closing', 'threshold', 'audit', 'stable', 'entropy',
+            'jitter', 'grey', 'blur', 'cutout', 'mixup', 'sam', 'closing', 'threshold', 'audit', 'stable', 'entropy',
             'ema', 'perplexity'}                                 # where 0 is a value like others
     with folder() as cwd, mock.patch.object(recipes, 'main', side_effect=AssertionError('work was started')):
         for dest, action in numbers.items():
@@ -469,7 +470,7 @@ def test_every_training_flag_changes_what_is_trained():
     elsewhere = {'oracle', 'answers', 'classes', 'patience', 'min_delta', 'save_every', 'method', 'evaluate', 'compare',
                  'show_views', 'fetch', 'search', 'over', 'data', 'dataset', 'name', 'resume', 'overwrite', 'device',
                  'encoder', 'until', 'stable', 'perplexity', 'tensorboard', 'export', 'predict', 'list',
-                 'deterministic'}
+                 'deterministic', 'grey'}
     assert set(other) | elsewhere == set(flags()), 'a flag without a test'
     with folder() as cwd, only_training():
         x, y = pictures(45, 8, 8)
@@ -1260,7 +1261,7 @@ def test_generator_is_a_function_of_its_whole_key():
     assert draws[:6] == draws[6:] and len(set(draws)) == 6
 
 
-ALL_ON = data.Views(blur=0.5, cutout=0.3, noise=0.1)
+ALL_ON = data.Views(grey=0.3, blur=0.5, cutout=0.3, noise=0.1)
 ALL_OFF = data.Views(crop=1, flip=False, rotate=0, jitter=0)
 
 
@@ -1331,6 +1332,38 @@ def test_colour_jitter_parts_by_their_formulas():
     assert close(data._hue(x, 0, data.generator('cpu', 0)), x)
     grey = x[:, :1].expand(-1, 3, -1, -1)
     assert close(data._hue(grey, 0.4, data.generator('cpu', 0)), grey, 2e-3)   # YIQ rows sum to 0 to 3 digits
+
+
+def test_grey_takes_the_colours_out_of_a_share_of_the_pictures():
+    x, views = rand(400, 3, 5, 6), data.Views(crop=1, flip=False, rotate=0, jitter=0, grey=0.25)
+    out = data.augment(x, views, data.generator('cpu', 0))
+    luma = torch.einsum('nchw,c->nhw', x, torch.tensor([0.299, 0.587, 0.114]))[:, None].expand_as(x)
+    grey = (out - luma).abs().amax((1, 2, 3)) < 1e-6
+    assert 70 < grey.sum() < 130 and torch.equal(out[~grey], x[~grey])
+    one = rand(9, 1, 5, 6)
+    assert torch.equal(data.augment(one, ALL_ON, data.generator('cpu', 1)),
+                       data.augment(one, dataclasses.replace(ALL_ON, grey=0), data.generator('cpu', 1)))
+
+
+def test_half_precision_around_them_changes_no_view():
+    for C, seed in itertools.product((1, 3), range(6)):                   # six orders of the parts of colour jitter
+        x = rand(8, C, 28, 28)
+        plain = data.augment(x, ALL_ON, data.generator('cpu', seed))
+        with torch.autocast('cpu', torch.bfloat16):
+            assert torch.equal(data.augment(x, ALL_ON, data.generator('cpu', seed)), plain)
+
+
+def test_every_method_learns_from_colour_pictures_in_half_precision():
+    with folder() as cwd, only_training():
+        x, y = pictures(60, 8, 8, C=3)
+        write_npz(cwd / 'tiny.npz', x_train=x, y_train=y)
+        for method in TRAINED:
+            for seed in range(3 if method == 'simclr' else 1):
+                code, _, err = run(*tiny(method), '--amp', '--overwrite', '--seed', seed, cwd=cwd)
+                assert code == 0, (method, err)
+        weights = [runs.state_digest(runs.load_checkpoint(cwd / 'runs' / 'simclr' / 'checkpoint.pt')['model'])
+                   for p in (0, 1) if run(*tiny('simclr'), '--grey', p, '--overwrite', cwd=cwd)[0] == 0]
+        assert len(set(weights)) == 2
 
 
 def test_blur_keeps_the_sum_is_symmetrical_and_scales_with_the_picture():
@@ -3591,7 +3624,7 @@ def test_a_step_of_each_method_leaves_no_tensor_behind_on_the_cpu():
         assert loss.device.type == 'meta' and all(v.device.type == 'meta' for v in parts.values())
         assert moved and all(p.grad.device.type == 'meta' for p in moved), method
     for method, flags in itertools.product(('ae', 'conv', 'simclr', 'classify', 'query', 'cluster', 'scan', 'vae'), (
-            (), ('--blur', '1', '--cutout', '0.3', '--noise', '0.1', '--jitter', '0.2'))):
+            (), ('--blur', '1', '--cutout', '0.3', '--noise', '0.1', '--jitter', '0.2', '--grey', '0.1'))):
         taken = [f for f in zip(flags[::2], flags[1::2]) if method in cli.PER_METHOD[f[0][2:]]]
         step(method, *itertools.chain(*taken), *(('--mixup', '0') if method in ('classify', 'cluster') else ()))
     for f in (lambda: evaluate.ssim(x, x), lambda: evaluate.most_similar(x.flatten(1), x_l.flatten(1), 3)[0],
