@@ -339,6 +339,10 @@ class Pictures:
                     coming.append(reader.submit(self._gather, after[2]))
                 yield step, ids, rows.to(self.device, non_blocking=True)
 
+    def at(self, ids):
+        """Pictures `ids` (on the device, counted as in `read`) on the device."""
+        return self.whole[ids] if self.whole is not None else self._gather(self.ids[ids.cpu()]).to(self.device)
+
     def _gather(self, where):
         rows = self.x[where]
         return rows.pin_memory() if self.device.type == 'cuda' else rows

@@ -85,7 +85,10 @@ def run_method(args, typed, trial=None):
         args.amp = args.net != 'fc' and train.amp_by_default(device)
     config = runs.describe(vars(args), ds, device)
     if getattr(args, 'encoder', None):
-        config['encoder'] = [stages.read_encoder(f, ds.shape) for f in np.atleast_1d(args.encoder).tolist()][0]
+        config['encoder'] = begun = [stages.read_encoder(f, ds.shape) for f in np.atleast_1d(args.encoder).tolist()][0]
+        if args.method == 'simclr' != begun['args']['method']:
+            raise ValueError(f'--method simclr goes on from a run of simclr, and {args.encoder[0]} is one of '
+                             f'{begun["args"]["method"]}')
     run = runs.Run(folder, config, typed, args.resume, args.overwrite) if first else runs.Silent(folder)
     run.config, finished = distributed.from_first((run.config, run.finished) if first else None)
     args = argparse.Namespace(**run.config['args'])

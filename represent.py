@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+import cluster
 import data
 import distributed
 import evaluate
@@ -16,7 +17,7 @@ import train
 def represent(run, args, ds, device, trial=None):
     """Learn a representation from pictures alone, then measure it."""
     train_ids, val_ids = data.split(len(ds.x_train), args.val, args.seed)
-    model, seconds = stages.network_of(run.config, device), 0.0
+    model, seconds, more = stages.beginning(run, args, device), 0.0, {}
     if 'epochs' in args:
         objective, x_val = stages.objective_of(args), ds.x_train[val_ids].to(device)
         check = partial(train.validate, model, objective, x_val, args.batch_size, args.seed, args.amp)
@@ -24,8 +25,12 @@ def represent(run, args, ds, device, trial=None):
             encode = stages.representation(args, model, None, device)[0]
             check = trial.scored(check, partial(neighbours, ds, train_ids, val_ids, encode, model, device))
         x = data.Pictures(ds.x_train, device, train_ids)
+        if getattr(args, 'encoder', None):                                 # then neighbours are pairs
+            h = stages.look_around(args.encoder, device, ds.x_train)[1][train_ids.to(device)]
+            objective = partial(train.neighbouring, pictures=x.at, contrast=objective)
+            more = {'y': cluster.neighbours(h, min(args.neighbours, len(h) - 1))}
         seconds = stages.train_model(run, args, model, objective, x, check=check,
-                                     plan=trial and partial(trial.plan, args.epochs))
+                                     plan=trial and partial(trial.plan, args.epochs), **more)
     if trial:
         trial.complete(run, seconds)
     elif distributed.rank() == 0:

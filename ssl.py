@@ -39,7 +39,7 @@ else:
         'beta': dict(vae=1.0),
         'likelihood': dict(vae='bernoulli'),
         'tau': dict(simclr=0.2),
-        'encoder': all_headed(None),
+        'encoder': dict(simclr=None, **all_headed(None)),
         'freeze': all_headed(False),
         'head': all_headed('linear'),
         'labels': dict(classify=0.1),
@@ -58,7 +58,7 @@ else:
         'clusters': dict(cluster=10, scan=10),
         'iterations': dict(cluster=30, scan=2),
         'stable': dict(cluster=0.995, scan=0.995),
-        'neighbours': dict(query=10, cluster=50, scan=50),
+        'neighbours': dict(simclr=20, query=10, cluster=50, scan=50),
         'entropy': dict(cluster=5.0, scan=5.0),
         'heads': dict(scan=48),
         'crop': dict(simclr=0.3, **all_headed(0.5, classify=0.7)),
@@ -230,7 +230,8 @@ else:
         g = p.add_argument_group('few labels')
         flag(g, '--encoder', 'run folder whose encoder to start from, without it from scratch; cluster and scan take '
              'several, and see neighbours in the features of all; query too, and hears neighbours in those of the '
-             'others when it predicts', type=path, nargs='+', metavar='RUN')
+             'others when it predicts; simclr goes on from a run of simclr, and pairs pictures with neighbours in the '
+             'features of all', type=path, nargs='+', metavar='RUN')
         flag(g, '--labels', 'how many labels to pay for, or below 1 their share',
              type=number(float, 0, 1e9, above=True), metavar='N')
         flag(g, '--pick', 'which: random, coverage (classify: k-means medoids of the encoder\'s features), informative '
@@ -267,8 +268,8 @@ else:
         flag(g, '--iterations', 'how often all pictures are assigned anew, every --epochs epochs', type=count,
              metavar='N')
         flag(g, '--stable', 'stop when this share of them is assigned as before; 0 never', type=share, metavar='X')
-        flag(g, '--neighbours', 'of each picture, which should share its cluster or (query) vote on its class',
-             type=count, metavar='N')
+        flag(g, '--neighbours', 'of each picture, which should share its cluster, (query) vote on its class or (simclr '
+             'with --encoder) be its other view', type=count, metavar='N')
         flag(g, '--entropy', 'weight of clusters being equally large', type=number(float, 0, 1e6), metavar='X')
         flag(g, '--heads', 'linear ones, of which the third with the lowest loss decides together',
              type=number(int, 1, 1000), metavar='N')
@@ -350,9 +351,10 @@ else:
             parser.error(f'--method classify starts from one --encoder, not {len(typed["encoder"])}')
         if len(typed.get('encoder', ())) == 1 and method in ('classify', 'query'):
             typed['encoder'] = typed['encoder'][0]
-        if ('neighbours' in typed and method == 'query' and 'resume' not in typed
+        if ('neighbours' in typed and method in ('query', 'simclr') and 'resume' not in typed
                 and not isinstance(typed.get('encoder'), list)):
-            parser.error('--neighbours of --method query are those in the features of a second --encoder; name one')
+            parser.error(f'--neighbours of --method {method} are those in the features of a'
+                         f'{" second" * (method == "query")} --encoder; name one')
         own = {key: per[method] for key, per in PER_METHOD.items() if method in per}
         defaults = {'method': method, **PLAIN, **own}
         return argparse.Namespace(**{**defaults, **typed}), typed, defaults

@@ -72,13 +72,15 @@ def build(config):
     """The network of a config.json, or None."""
     args, shape = argparse.Namespace(**config['args']), config['data']['shape']
     torch.manual_seed(args.seed)
+    begun = config.get('encoder')
     if 'head' in args:
-        begun = config.get('encoder')
         encoder = nets.encoder_of(build(begun)) if begun else nets.Encoder(args.net, shape, args.width)
         torch.manual_seed(args.seed)                                   # the same head, whatever the encoder
         K = args.clusters if 'clusters' in args else len(config['data']['classes'])
         model = nets.Classifier(encoder, K, args.head, args.freeze)
         model = nets.MeanTeacher(model) if 'ema' in args else model
+    elif begun:                                                        # simclr goes on with all of it
+        model = build(begun)
     elif 'net' in args:
         model = nets.build(args.method, args.net, shape, args.width, getattr(args, 'latent', None))
     else:
@@ -87,11 +89,17 @@ def build(config):
 
 
 def beginning(run, args, device):
-    """The classifier that a run begins with: on the encoder of the first run --encoder, or on a fresh one."""
-    model = network_of(run.config, device)
-    if args.encoder:
+    """The network that a run begins with: a fresh one, with the encoder of the first run --encoder if there is one; of
+    simclr that whole run's."""
+    before = None
+    if getattr(args, 'encoder', None):
         folder = Path(args.encoder if isinstance(args.encoder, str) else args.encoder[0])
-        trained = nets.encoder_of(load_model(folder, runs.read_config(folder), device)).state_dict()
+        before = load_model(folder, runs.read_config(folder), device)
+        if args.method == 'simclr':
+            return before
+    model = network_of(run.config, device)
+    if before:
+        trained = nets.encoder_of(before).state_dict()
         for part in model.modules():                                   # a mean teacher holds two
             if isinstance(part, nets.Classifier):
                 part.encoder.load_state_dict(trained)

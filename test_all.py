@@ -1495,6 +1495,71 @@ def test_nt_xent_is_equation_1_written_out():
             assert close(a, b, 1e-4)
 
 
+def test_neighbouring_is_nt_xent_of_each_picture_with_a_neighbour_of_its_own():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    all_x = (rand(30, 1, 2, 2) * 255).byte()
+    near = torch.randint(30, (6, 4), generator=torch.Generator().manual_seed(0))
+    seen = []
+    def pictures(ids):
+        seen.append(ids)
+        return all_x[ids]
+    off = data.Views(crop=1, flip=False, rotate=0, jitter=0)
+    for step in range(40):
+        x, g = all_x[:6] / 255, data.generator('cpu', step)
+        contrast = functools.partial(train.contrastive, tau=0.5, views=off)
+        loss, _ = train.neighbouring(net, x, near, g, pictures, contrast)
+        other = all_x[seen[-1]] / 255
+        assert close(loss, nt_xent_by_loops(net(x), net(other), 0.5))
+    for i, drawn in enumerate(torch.stack(seen, 1)):                      # each of its neighbours, and nobody else
+        assert set(drawn.tolist()) == set(near[i].tolist())
+
+
+def test_simclr_goes_on_with_neighbours_in_the_features_of_other_runs():
+    flags = [w for w in tiny('simclr', '--seed', 1) if w not in ('--width', 0.1)]
+    both = ['--encoder', finished('simclr'), finished('conv')]
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        there, seen = cwd / 'runs' / 'simclr', []
+        def kept(model, x, near, g, pictures, contrast, neighbouring=train.neighbouring):
+            seen.append((x, near, pictures))
+            return neighbouring(model, x, near, g, pictures, contrast)
+        with mock.patch.object(train, 'neighbouring', kept):
+            code, _, err = run(*flags, *both, '--neighbours', 3, '--epochs', 1, '--batch-size', 108, cwd=cwd)
+        assert code == 0 and not err, err
+        ds = data.load(cwd / 'tiny.npz')
+        ids, _ = data.split(120, 5000, 1)
+        (x, near, pictures), = seen                                       # all training pictures, no validation one
+        assert near.shape == (108, 3)
+        h = torch.cat([torch.nn.functional.normalize(h - h.mean(0), dim=1) for h in (
+            stages.load_model(f, runs.read_config(f), torch.device('cpu')).eval().encode(data.to_float(ds.x_train))
+            for f in both[1:])], 1).detach()[ids]
+        where = [next(i for i in range(108) if torch.equal(ds.x_train[ids[i]], p)) for p in (x * 255).round().byte()]
+        for i, mine in zip(where, near):
+            nearest = torch.cosine_similarity(h[i], h, dim=1).argsort(descending=True)
+            assert sorted(mine.tolist()) == sorted(nearest[1:4].tolist())
+            assert torch.equal(pictures(mine), ds.x_train[ids[mine]])
+        held, counted, gathered = reading()
+        with held, counted:
+            p = data.Pictures(ds.x_train, torch.device('cpu'), ids)
+            assert torch.equal(p.at(near[0]), ds.x_train[ids[near[0]]]) and gathered == [3]
+        code, _, err = run(*flags, *both, '--epochs', 0, '--overwrite', cwd=cwd)  # begins with that run's own weights
+        assert code == 0 and not err, err
+        assert runs.state_digest(weights(there)['model']) == runs.state_digest(weights(finished('simclr'))['model'])
+        for stop in stopping(signal.SIGTERM), stopping(Killed), contextlib.nullcontext():
+            with stop, contextlib.suppress(Killed):
+                run(*flags, *both, '--name', 'stopped', '--resume', '--save-every', 1e-9, cwd=cwd)
+        assert run(*flags, *both, '--overwrite', cwd=cwd)[0] == 0
+        assert_same_run(cwd / 'runs' / 'stopped', there)
+        before = measured(there)
+        assert run('--evaluate', there, cwd=cwd)[0] == 0 and measured(there) == before
+        code, _, err = run(*[w for w in tiny('classify') if w not in ('--width', 0.1)], '--encoder', there, cwd=cwd)
+        assert code == 0 and not err, err
+        refused(*flags, *both[:1], finished('conv'), '--name', 'no', cwd=cwd, said=['--method simclr goes on', 'conv'])
+        refused(*flags, '--neighbours', 3, '--name', 'no', cwd=cwd, said=['--neighbours', '--encoder'])
+        refused(*flags, *both, '--width', 2, '--name', 'no', cwd=cwd, said=['--width'])
+        assert not (cwd / 'runs' / 'no').exists()
+
+
 def test_nt_xent_of_equal_rows_is_chance_and_small_tau_does_not_overflow():
     for B, tau in itertools.product((1, 4, 100), (0.01, 0.5)):
         z = torch.ones(B, 3) * 7

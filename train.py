@@ -38,12 +38,20 @@ def variational(model, x, g, beta=1.0, likelihood='bernoulli'):
     return loss, {'recon': recon, 'kl': kl}
 
 
-def contrastive(model, x, g, tau=0.2, views=None):
-    """NT-Xent of two views of each picture; one forward pass for both. Anchors are the pictures of this process,
-    negatives those of all."""
-    z1, z2 = map(distributed.gather, model(data.augment(torch.cat([x, x]), views, g)).chunk(2))
+def contrastive(model, x, g, tau=0.2, views=None, other=None):
+    """NT-Xent of two views of each picture, or of one of it and one of its `other` (B, C, H, W); one forward pass for
+    both. Anchors are the pictures of this process, negatives those of all."""
+    pairs = torch.cat([x, x if other is None else other])
+    z1, z2 = map(distributed.gather, model(data.augment(pairs, views, g)).chunk(2))
     own = torch.arange(len(x), device=x.device) + (len(x) * distributed.rank() if len(z1) > len(x) else 0)
     return losses.nt_xent(z1, z2, tau, own), {'chance': x.new_tensor(math.log(max(1, 2 * len(z1) - 1)))}
+
+
+def neighbouring(model, x, near, g, pictures, contrast):
+    """`contrast` (contrastive with its flags) of each picture and a neighbour, drawn from near (B, k), its ids: the
+    positives of NNCLR (arXiv 2104.14548), but found beforehand. pictures: function from ids (B,) to uint8 pictures."""
+    pick = torch.randint(near.shape[1], (len(x), 1), generator=g, device=x.device)
+    return contrast(model, x, g, other=data.to_float(pictures(near.gather(1, pick).squeeze(1))))
 
 
 def classification(model, x, y, g, views=None, mixup=0.0):
