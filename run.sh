@@ -12,14 +12,15 @@
 # Stopped at any moment, the same command continues. PYTHON=/path/to/python chooses the Python.
 set -euo pipefail
 
-methods='pixels pca random ae conv vae simclr scan query query-random'
+methods='pixels pca random ae conv vae simclr simclr-near scan query query-random'
 
 flags() {   # of method $2 in schedule $1, whose run is called $3; a method that isn't named keeps its defaults;
-            # query-random is the control of query
+            # query-random is the control of query, simclr-near goes on with neighbours as pairs
   case $2 in
+    simclr-near)  echo --encoder "runs/${3/simclr-near/simclr}" "runs/${3/simclr-near/conv}" --lr 0.002 ;;
     query)        echo --encoder "runs/${3/query/simclr}" "runs/${3/query/conv}" ;;
     query-random) echo --encoder "runs/${3/query-random/simclr}" "runs/${3/query-random/conv}" --pick random ;;
-    scan)         echo --encoder "runs/${3/scan/simclr}" "runs/${3/scan/conv}" ;;
+    scan)         echo --encoder "runs/${3/scan/simclr-near}" "runs/${3/scan/conv}" ;;
   esac
   case $1-$2 in
     quick-pixels | quick-pca | quick-random) echo --limit 6000 ;;   # nothing to train
@@ -27,9 +28,11 @@ flags() {   # of method $2 in schedule $1, whose run is called $3; a method that
     quick-scan)       echo --limit 6000 --iterations 1 --epochs 1 --closing 1 ;;
     quick-*)          echo --limit 6000 --epochs 1 ;;
     default-query*)   echo --budget 200 --rounds 4 --round-epochs 1 --closing 1 ;;
+    default-simclr-near) echo --epochs 2 ;;
     default-scan)     echo --iterations 1 --epochs 1 --closing 2 ;;
     full-conv | full-vae) echo --epochs 10 ;;
     full-simclr)      echo --epochs 15 ;;
+    full-simclr-near) echo --epochs 4 ;;
   esac
 }
 
@@ -114,7 +117,7 @@ debian_data() {   # Debian's package of the data set, unpacked without root
 train() {   # schedule, method, name of the run, further flags
   local code=0 schedule=$1 method=$2 name=$3
   shift 3
-  "$PY" ssl.py --method "${method%-random}" --name "$name" --resume $(flags "$schedule" "$method" "$name") "$@" ||
+  "$PY" ssl.py --method "${method%-*}" --name "$name" --resume $(flags "$schedule" "$method" "$name") "$@" ||
     code=$?
   case $code in
     0)         runs+=("runs/$name") ;;

@@ -90,7 +90,10 @@ def read_json(path):
 def flag(key, value):
     """How an argument is typed: ('batch_size', 64) -> '--batch-size 64', ('flip', False) -> '--no-flip'."""
     name = key.replace('_', '-')
-    return {True: f'--{name}', False: f'--no-{name}'}[value] if isinstance(value, bool) else f'--{name} {value}'
+    if isinstance(value, bool):
+        return f'--{name}' if value else f'--no-{name}'
+    words = [str(v) for v in (value if isinstance(value, (list, tuple)) else [value]) if v != '']
+    return f'--{name} {shlex.join(words)}'
 
 
 def describe(args, ds, device):

@@ -679,6 +679,12 @@ def test_a_search_scores_on_validation_and_its_best_command_gives_the_best_run_a
         for method in 'simclr', 'classify', 'query':
             code, out, err = run(*tiny(method, '--search', 2, '--over', 'lr=1e-5:1e-2'), cwd=cwd)
             assert code == 0 and not err and len(list((cwd / 'runs').glob(f'{method}-0?/metrics.json'))) == 2
+        both = ['--encoder', finished('simclr'), finished('conv')]
+        flags = [w for w in tiny('simclr', '--search', 2, '--over', 'neighbours=2:9') if w not in ('--width', 0.1)]
+        code, out, err = run(*flags, *both, '--overwrite', cwd=cwd)
+        assert code == 0 and not err, err
+        assert run(*shlex.split(out.splitlines()[-1])[3:], '--name', 'on', cwd=cwd)[0] == 0
+        assert runs.read_config(cwd / 'runs' / 'on')['args']['encoder'] == [str(f) for f in both[1:]]
         for over, said in ('lr=3:1', 'lower'), ('lr=0:1', 'lr'), ('lr', 'lr'), ('net=1:2', 'net'), ('x=1:2', 'x'):
             refused(*tiny('ae', '--search', 2, '--over', over), cwd=cwd, said=[said, '--over'])
         refused(*tiny('ae', '--search', 2, '--over', 'latant=1:2'), cwd=cwd, said=['did you mean latent?'])
