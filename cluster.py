@@ -23,8 +23,8 @@ def scan_heads(h, near, K, heads=48, entropy=5.0, steps=800, batch=4096, lr=3e-3
     """Probabilities (N, K) by the consensus of linear cluster heads on frozen features h (N, D).
 
     All heads are trained at once by SCAN's loss (arXiv 2005.12320, eq. 2) on pairs of a row and one of its neighbours
-    near (N, k). The third with the lowest loss over fresh pairs is kept, so no label chooses; k-means on what they
-    say, side by side, is the consensus, and each head's clusters take the names of the consensus before the mean.
+    near (N, k). The third with the lowest loss over fresh pairs is kept, so no label chooses; the clusters of each take
+    the names of those of the best head that they overlap most, and the mean over the heads is the consensus.
     """
     g = data.generator(h.device, seed, 'scan')
     x = 16 * F.normalize(h.float(), dim=1)
@@ -49,9 +49,8 @@ def scan_heads(h, near, K, heads=48, entropy=5.0, steps=800, batch=4096, lr=3e-3
         best = loss(5 * batch).argsort()[:min(-(-heads // 3), fits)]
         weight, bias = (v.view(*v.shape[:-1], heads, K)[..., best, :].flatten(-2) for v in (weight, bias))
         probs = (x @ weight + bias).view(len(x), len(best), K).softmax(2)
-        named = evaluate.kmeans(probs.flatten(1), K, restarts=5, seed=seed)[0]
-        for i in range(len(best)):
-            probs[:, i] = probs[:, i][:, names(probs[:, i].argmax(1), named, K).argsort()]
+        for i in range(1, len(best)):
+            probs[:, i] = probs[:, i][:, names(probs[:, i].argmax(1), probs[:, 0].argmax(1), K).argsort()]
     return probs.mean(1)
 
 
