@@ -106,8 +106,8 @@ def axes(xs, ys, x_label, y_label, H=230, numbers=True, whole=False, log=False):
     (x0, x1), (y0, y1) = ends([scale(x) for x in xs]), ends(ys)
     def place(x, y):
         return 54 + (scale(x) - x0) / (x1 - x0) * 298, H - 38 - (y - y0) / (y1 - y0) * (H - 62)
-    marks = ticks(x0, x1) if not log else [v for e in range(math.floor(x0), math.ceil(x1)) for v in (
-        10 ** e, 2 * 10 ** e, 5 * 10 ** e) if x0 <= math.log10(v) <= x1]
+    marks = ticks(x0, x1) if not log else [n * 10 ** e for e in range(math.floor(x0), math.ceil(x1)) for n in (
+        (1, 2, 5) if x1 - x0 < 2 else (1, 3)) if x0 <= math.log10(n * 10 ** e) <= x1]
     lines = [f'<path class="axis" d="M54 24V{H - 38}H352"/><text x="4" y="13">{text(y_label)}</text>'
              f'<text class="end" x="352" y="{H - 6}">{text(x_label)}</text>']
     for v in marks if numbers else ():
