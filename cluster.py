@@ -49,8 +49,9 @@ def scan_heads(h, near, K, heads=48, entropy=5.0, steps=800, batch=4096, lr=3e-3
         best = loss(5 * batch).argsort()[:min(-(-heads // 3), fits)]
         weight, bias = (v.view(*v.shape[:-1], heads, K)[..., best, :].flatten(-2) for v in (weight, bias))
         probs = (x @ weight + bias).view(len(x), len(best), K).softmax(2)
+        first = probs[:, 0].argmax(1)
         for i in range(1, len(best)):
-            probs[:, i] = probs[:, i][:, names(probs[:, i].argmax(1), probs[:, 0].argmax(1), K).argsort()]
+            probs[:, i] = probs[:, i][:, names(probs[:, i].argmax(1), first, K).argsort()]
     return probs.mean(1)
 
 

@@ -353,8 +353,8 @@ else:
             typed['encoder'] = typed['encoder'][0]
         if ('neighbours' in typed and method in ('query', 'simclr') and 'resume' not in typed
                 and not isinstance(typed.get('encoder'), list)):
-            parser.error(f'--neighbours of --method {method} are those in the features of a'
-                         f'{" second" * (method == "query")} --encoder; name one')
+            parser.error(f'--neighbours of --method {method} are those in the features of '
+                         f'{"a second" if method == "query" else "an"} --encoder; name one')
         own = {key: per[method] for key, per in PER_METHOD.items() if method in per}
         defaults = {'method': method, **PLAIN, **own}
         return argparse.Namespace(**{**defaults, **typed}), typed, defaults
