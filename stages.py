@@ -50,6 +50,7 @@ def pick_device(name):
     if device.type not in ('cuda', 'mps', 'cpu'):
         raise ValueError(f'--device {name} is not one that training runs on; try cuda, mps or cpu')
     train.heed_quota()
+    train.keep_memory()
     return device
 
 

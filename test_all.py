@@ -23,6 +23,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
 import select
 import shlex
@@ -1446,6 +1447,42 @@ def test_fc_autoencoder_is_784_256_64_256_784():
     shapes = [tuple(p.shape) for p in model.parameters() if p.ndim == 2]
     assert shapes == [(256, 784), (64, 256), (256, 64), (784, 256)]
     assert nets.size(model) == sum(a * b + a for a, b in shapes)
+
+
+def test_narrow_maps_side_by_side_give_the_gradients_of_a_plain_convolution():
+    torch.manual_seed(0)
+    for B, c_in, c_out, h, w, kernel, stride in ((1, 3, 5, 4, 4, 3, 1), (16, 3, 5, 7, 7, 3, 2), (37, 3, 5, 6, 5, 3, 2),
+                                                 (20, 3, 5, 5, 9, 1, 2), (33, 2, 4, 3, 3, 5, 1)):
+        x = torch.randn(B, c_in, h, w, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(c_out, c_in, kernel, kernel, dtype=torch.float64, requires_grad=True)
+        plain = torch.nn.functional.conv2d(x, weight, None, stride, kernel // 2)
+        grad = torch.randn_like(plain)
+        ours = nets.NarrowConv.apply(x, weight, stride, kernel // 2)
+        assert torch.equal(ours, plain)
+        for a, b in zip(torch.autograd.grad(ours, (x, weight), grad), torch.autograd.grad(plain, (x, weight), grad)):
+            torch.testing.assert_close(a, b)
+    laid = nets.side_by_side(x[:19], 4)                                    # each where it belongs, zeros between
+    assert laid.shape == (2, 2, 3, 64) and torch.equal(laid[1, :, :, 8:11], x[18]) and not laid[:, :, :, 3::4].any()
+    assert not laid[1, :, :, 12:].any()
+
+
+def test_a_network_in_bfloat16_learns_what_plain_convolutions_would():
+    """Also that the way for narrow maps is the one taken."""
+    x, grads = torch.rand(24, 1, 28, 28, generator=data.generator('cpu', 0)), []
+    for narrow in (True, False):
+        model = nets.build('simclr', 'resnet', (1, 28, 28), 0.25)
+        for part in model.modules():
+            if isinstance(part, nets.Conv) and not narrow:
+                part.__class__ = torch.nn.Conv2d
+        torch.manual_seed(0)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, 0, 0.1) if p.ndim > 1 else torch.nn.init.ones_(p)
+        with mock.patch.object(nets, 'side_by_side', wraps=nets.side_by_side) as laid, \
+                train.autocast(x.device, True):
+            losses.nt_xent(*model(x).chunk(2), 0.2).backward()
+        assert laid.call_count == 12 * narrow                              # six of nine convolutions, twice each
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.999
 
 
 def test_width_scales_every_network():
@@ -3674,6 +3711,19 @@ def test_threads_heed_a_containers_quota_of_processor_time():
             assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
+
+
+def test_memory_of_a_step_is_kept_for_the_next():
+    if platform.libc_ver()[0] != 'glibc':
+        raise unittest.SkipTest('mallopt is of glibc')
+    script = ('import resource, sys, torch, train\n'
+              'if sys.argv[1] == "keep": train.keep_memory()\n'
+              'def step(): return [torch.ones(5 << 20) for _ in range(4)]\n'
+              'step(), step(); before = resource.getrusage(0).ru_minflt\n'
+              'for _ in range(10): step()\n'
+              'print(resource.getrusage(0).ru_minflt - before)')
+    faults = {word: int(python('-c', script, word).communicate()[0]) for word in ('keep', 'leave')}
+    assert faults['keep'] < faults['leave'] / 4, faults
 
 
 def test_a_step_of_each_method_leaves_no_tensor_behind_on_the_cpu():

@@ -4,6 +4,7 @@ An objective is a function (model, x, g) -> (loss, parts): x (B, C, H, W) float 
 generator of this step, parts a dict of 0-d tensors to log. Learning without labels sees pictures only.
 The classifier's objective is (model, x, y, g): y (B,) are labels that were paid for.
 """
+import ctypes
 import math
 import signal
 import time
@@ -106,6 +107,16 @@ def heed_quota(path='/sys/fs/cgroup/cpu.max'):
         quota, period = map(int, Path(path).read_text().split())
         torch.set_num_threads(max(1, min(torch.get_num_threads(), quota // period)))
     except (OSError, ValueError):                     # no cgroup, or 'max': no quota
+        pass
+
+
+def keep_memory():
+    """Have glibc keep the memory of a step for the next one: given back and taken again, it costs a fault a page."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 25)                          # M_MMAP_THRESHOLD: the most that it takes
+        mallopt(-1, (1 << 31) - 1)                    # M_TRIM_THRESHOLD
+    except (OSError, AttributeError, TypeError):      # another C library
         pass
 
 
