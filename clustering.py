@@ -63,7 +63,8 @@ class Clustering:
             state = newest if at == done - 1 else runs.load_checkpoint(self.file(at))
             if inside == 0 and at == now:
                 self.run.log({**state['row'], 'epoch': epoch})
-            epochs = (done - 1 if over else self.args.iterations) * self.args.epochs + self.args.closing
+            closing = self.args.closing if self.args.iterations else 0
+            epochs = (done - 1 if over else self.args.iterations) * self.args.epochs + closing
             if epoch > epochs:
                 self.finish()
             answer = state['pred'], state['chosen'], epochs
@@ -113,11 +114,13 @@ class Clustering:
 
     def finish(self):
         """final.pt, the network as it is now, and best.pt, the assignment with the lowest criterion; 'voted' tells that
-        no network made it: it is the first, from the neighbours alone."""
-        pred = stages.probabilities(self.args, self.model, self.ds.x_train, self.device).argmax(1)
-        best = {'model': self.model.state_dict(), 'pred': pred.cpu(), 'voted': False,
-                'criterion': cluster.criterion(pred, self.near, self.args.clusters, self.args.entropy)}
-        runs.write_state(self.run.folder / 'final.pt', best)
+        no network made it: it is the first, from the neighbours alone. With --iterations 0 there is no other."""
+        best = {'criterion': math.inf}
+        if self.args.iterations:
+            pred = stages.probabilities(self.args, self.model, self.ds.x_train, self.device).argmax(1)
+            best = {'model': self.model.state_dict(), 'pred': pred.cpu(), 'voted': False,
+                    'criterion': cluster.criterion(pred, self.near, self.args.clusters, self.args.entropy)}
+            runs.write_state(self.run.folder / 'final.pt', best)
         for path in sorted(self.run.folder.glob('iteration-*.pt')):
             state = runs.load_checkpoint(path)
             if state['row']['criterion'] < best['criterion']:

@@ -29,7 +29,7 @@ flags() {   # of method $2 in schedule $1, whose run is called $3; a method that
     quick-*)          echo --limit 6000 --epochs 1 ;;
     default-query*)   echo --budget 200 --rounds 4 --round-epochs 1 --closing 1 ;;
     default-simclr-near) echo --epochs 2 ;;
-    default-scan)     echo --iterations 1 --epochs 1 --closing 2 ;;
+    default-scan | full-scan) echo --iterations 0 ;;   # self-labelling made it no better
     full-conv | full-vae) echo --epochs 10 ;;
     full-simclr)      echo --epochs 15 ;;
     full-simclr-near) echo --epochs 4 ;;

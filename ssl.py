@@ -265,8 +265,8 @@ else:
 
         g = p.add_argument_group('clusters')
         flag(g, '--clusters', 'how many', type=number(int, 2, 10**4), metavar='K')
-        flag(g, '--iterations', 'how often all pictures are assigned anew, every --epochs epochs', type=count,
-             metavar='N')
+        flag(g, '--iterations', 'how often all pictures are assigned anew, every --epochs epochs; 0: once, and no '
+             'network is trained', type=number(int, 0, 10**6), metavar='N')
         flag(g, '--stable', 'stop when this share of them is assigned as before; 0 never', type=share, metavar='X')
         flag(g, '--neighbours', 'of each picture, which should share its cluster, (query) vote on its class or (simclr '
              'with --encoder) be its other view', type=count, metavar='N')

@@ -622,6 +622,21 @@ def test_an_assignment_that_collapses_is_said_loudly_and_not_learned_from():
     assert 'only 1 of 2 clusters are alive' in report.iteration({**rows[0], 'sizes': [5, 0], 'live_clusters': 1})
 
 
+def test_without_iterations_no_network_is_trained_and_the_first_assignment_is_scored():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        h = data.to_float(data.load(cwd / 'tiny.npz').x_train).flatten(1)
+        h = torch.nn.functional.normalize(h - h.mean(0), dim=1)
+        for method, wanted in (('scan', cluster.scan_heads(h, cluster.neighbours(h, 5), 3, 3).argmax(1)),
+                               ('cluster', evaluate.kmeans(h, 3, seed='0 0')[0])):
+            code, _, err = run(*tiny(method), '--iterations', 0, '--closing', 5, cwd=cwd)
+            there = cwd / 'runs' / method
+            assert code == 0 and not err and not (there / 'final.pt').exists()
+            assert torch.equal(runs.load_checkpoint(there / 'best.pt')['pred'], wanted)
+            m, rows = measured(there), logged(there)
+            assert m['voted'] and m['epochs'] is None and len(rows) == 1 and 'loss' not in rows[0]
+
+
 def test_any_number_of_clusters_and_no_labels_at_all_work():
     with folder() as cwd:
         for K in 2, 5, 20:
