@@ -246,13 +246,19 @@ def newest_checkpoint(folder):
     return None
 
 
+def trained(rows):
+    """The rows of a log that end an epoch; others tell of an assignment to clusters."""
+    return [row for row in rows if 'loss' in row]
+
+
 def state(folder):
     """One line about a run folder: running, finished, or stopped at which epoch, or what is wrong with it."""
     try:
-        args, rows = read_config(folder)['args'], read_log(folder)
+        args, rows = read_config(folder)['args'], trained(read_log(folder))
     except ValueError as e:
         return str(e)
-    at = f'epoch {rows[-1]["epoch"] if rows else 0}' + (f' of {args["epochs"]}' if 'epochs' in args else '')
+    of = f' of {args["epochs"]}' if 'epochs' in args and 'iterations' not in args else ''    # there it is of each
+    at = f'epoch {rows[-1]["epoch"] if rows else 0}{of}'
     if (Path(folder) / 'metrics.json').exists():
         return 'finished' + (f' after {at}, {clock(rows[-1].get("seconds") or 0)}' if rows else '')
     return f'{"running" if locked(folder) else "stopped"} at {at}'

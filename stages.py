@@ -282,9 +282,9 @@ class Neighbours:
 def complete(run, args, ds, metrics, shown, seconds, began):
     """Write report.html, for TensorBoard too if asked, and then metrics.json, which makes the run a finished one, and
     say what it holds."""
-    rows = runs.read_log(run.folder)
-    metrics.update(method=args.method, epochs=max((row['epoch'] for row in rows if 'loss' in row), default=None),
-                   seconds=round(seconds, 1), measuring_seconds=round(time.monotonic() - began, 1))
+    rows = runs.trained(runs.read_log(run.folder))
+    metrics.update(method=args.method, epochs=rows[-1]['epoch'] if rows else None, seconds=round(seconds, 1),
+                   measuring_seconds=round(time.monotonic() - began, 1))
     page.write(run.folder, run.config, metrics, shown, ds.classes, args.perplexity)
     if args.tensorboard:
         board.write(run.folder, metrics, shown, ds.classes, args.seed)

@@ -635,6 +635,7 @@ def test_without_iterations_no_network_is_trained_and_the_first_assignment_is_sc
             assert torch.equal(runs.load_checkpoint(there / 'best.pt')['pred'], wanted)
             m, rows = measured(there), logged(there)
             assert m['voted'] and m['epochs'] is None and len(rows) == 1 and 'loss' not in rows[0]
+            assert f'runs/{method}: finished\n' in run('--list', cwd=cwd)[1]
 
 
 def test_any_number_of_clusters_and_no_labels_at_all_work():
@@ -4221,7 +4222,10 @@ def test_the_benchmark_counts_what_ran_and_compares_with_an_older_one():
         rate, each = product['flops'] / product['seconds'][0], rows['NT-Xent, B = 2,048']['seconds'][0]
         share = f"{100 * 3 * 2 * 4096 ** 2 * 128 / each / rate:.0f} %"
         line = next(line for line in out.splitlines() if line.startswith('NT-Xent, B = 2,048'))
-        assert share in line and re.search(r'NT-Xent: from 512 to 2,048 time grows as size\^-?\d\.\d', out)
+        assert share in line
+        logs = [(math.log(n), math.log(rows[f'NT-Xent, B = {n:,}']['seconds'][0])) for n in (512, 1024, 2048)]
+        power = (logs[2][1] - logs[0][1]) / (logs[2][0] - logs[0][0])         # least squares, for equal distances
+        assert f'NT-Xent: from 512 to 2,048 time grows as size^{power:.2f}' in out
         then = [{**row, 'seconds': [s * (2 if 'product' in row['part'] else 6) for s in row['seconds']]}
                 for row in kept['rows']]
         line = next(line for line in bench.compared(kept['rows'], then).splitlines() if line.startswith('NT-Xent'))
