@@ -28,14 +28,15 @@ def scan_heads(h, near, K, heads=48, entropy=5.0, steps=800, batch=4096, lr=3e-3
     """
     g = data.generator(h.device, seed, 'scan')
     x = 16 * F.normalize(h.float(), dim=1)
-    weight = (0.05 * torch.randn(h.shape[1], heads * K, generator=g, device=h.device)).requires_grad_()
-    bias = torch.zeros(heads * K, device=h.device, requires_grad=True)
+    weight = (0.05 * torch.randn(h.shape[1], K * heads, generator=g, device=h.device)).requires_grad_()
+    bias = torch.zeros(K * heads, device=h.device, requires_grad=True)
     opt = torch.optim.Adam([weight, bias], lr=lr)
+    def answers(x):                                     # (n, K, heads): softmax over a short last dimension is slow
+        return (x @ weight + bias).unflatten(1, (K, -1)).softmax(1)
     def loss(n):
         i = torch.randint(len(x), (n,), generator=g, device=h.device)
         j = near[i, torch.randint(near.shape[1], (n,), generator=g, device=h.device)]
-        p, q = ((x[v] @ weight + bias).view(n, heads, K).softmax(2).transpose(0, 1) for v in (i, j))
-        return losses.scan(p, q, entropy)
+        return losses.scan(*(answers(x[v]).permute(2, 0, 1) for v in (i, j)), entropy)
     at = progress('cluster heads', steps)
     for step in range(steps):
         at(step)
@@ -47,12 +48,12 @@ def scan_heads(h, near, K, heads=48, entropy=5.0, steps=800, batch=4096, lr=3e-3
     with torch.no_grad():
         fits = max(1, BYTES // (4 * len(x) * K))                             # heads whose answers memory holds
         best = loss(5 * batch).argsort()[:min(-(-heads // 3), fits)]
-        weight, bias = (v.view(*v.shape[:-1], heads, K)[..., best, :].flatten(-2) for v in (weight, bias))
-        probs = (x @ weight + bias).view(len(x), len(best), K).softmax(2)
-        first = probs[:, 0].argmax(1)
+        weight, bias = (v.unflatten(-1, (K, heads))[..., best].flatten(-2) for v in (weight, bias))
+        probs = answers(x)
+        first = probs[:, :, 0].argmax(1)
         for i in range(1, len(best)):
-            probs[:, i] = probs[:, i][:, names(probs[:, i].argmax(1), first, K).argsort()]
-    return probs.mean(1)
+            probs[:, :, i] = probs[:, names(probs[:, :, i].argmax(1), first, K).argsort(), i]
+    return probs.mean(2)
 
 
 def reliable(probs, near, share=0.5):
