@@ -10,6 +10,7 @@ import losses
 from runs import progress
 
 BYTES = 1 << 30          # of all heads' answers together
+CLOSE = 10               # neighbours that pass their cluster on; more of them share the class than of all
 
 
 def neighbours(h, k):
@@ -19,12 +20,14 @@ def neighbours(h, k):
     return ids.gather(1, itself.argsort(dim=1, stable=True))[:, :-1]
 
 
-def scan_heads(h, near, K, heads=48, entropy=5.0, steps=800, batch=4096, lr=3e-3, seed=0):
+def scan_heads(h, near, K, heads=48, entropy=5.0, steps=800, batch=4096, lr=3e-3, passes=5, seed=0):
     """Probabilities (N, K) by the consensus of linear cluster heads on frozen features h (N, D).
 
     All heads are trained at once by SCAN's loss (arXiv 2005.12320, eq. 2) on pairs of a row and one of its neighbours
-    near (N, k). The third with the lowest loss over fresh pairs is kept, so no label chooses; the clusters of each take
-    the names of those of the best head that they overlap most, and the mean over the heads is the consensus.
+    near (N, k), nearest first. The third with the lowest loss over fresh pairs is kept, so no label chooses; the
+    clusters of each take the names of those of the best head that they overlap most, and the mean over the heads is the
+    consensus. It is passed on along the graph of the CLOSE nearest, `passes` times, which mends what the linear heads
+    cut wrongly (label propagation, Zhu & Ghahramani 2002, with no label held fixed).
     """
     g = data.generator(h.device, seed, 'scan')
     x = 16 * F.normalize(h.float(), dim=1)
@@ -53,7 +56,15 @@ def scan_heads(h, near, K, heads=48, entropy=5.0, steps=800, batch=4096, lr=3e-3
         first = probs[:, :, 0].argmax(1)
         for i in range(1, len(best)):
             probs[:, :, i] = probs[:, names(probs[:, :, i].argmax(1), first, K).argsort(), i]
-    return probs.mean(2)
+    probs = probs.mean(2)
+    for _ in range(passes):
+        probs = around(probs, near[:, :CLOSE])
+    return probs
+
+
+def around(probs, near):
+    """The mean over the neighbours near (N, k) of what probs (N, K) say of them: (N, K)."""
+    return torch.cat([probs[part].mean(1) for part in near.split(4096)])
 
 
 def reliable(probs, near, share=0.5):
@@ -61,11 +72,11 @@ def reliable(probs, near, share=0.5):
     average, most surely in it too (local consistency as in SPICE, arXiv 2103.09382, section 3.3). The same share of
     each, or the clusters that are easy to tell would swallow the others."""
     pred = probs.argmax(1)
-    around = torch.cat([probs[part].mean(1) for part in near.split(4096)]).gather(1, pred.unsqueeze(1)).squeeze(1)
+    sure = around(probs, near).gather(1, pred.unsqueeze(1)).squeeze(1)
     chosen = []
     for c in range(probs.shape[1]):
         members = (pred == c).nonzero().flatten()
-        chosen.append(members[around[members].argsort(descending=True)[:math.ceil(share * len(members))]])
+        chosen.append(members[sure[members].argsort(descending=True)[:math.ceil(share * len(members))]])
     return torch.cat(chosen).sort().values
 
 

@@ -136,7 +136,7 @@ def score(run, args, ds, model, device, seconds):
     if best['voted']:
         encode, h, _ = stages.look_around(args.encoder, device, ds.x_train)
         answer = stages.Neighbours(encode, h, F.one_hot(best['pred'], args.clusters).float().to(device),
-                                   args.neighbours).say
+                                   cluster.CLOSE).say
     else:
         answer = stages.answers(args, model, device)
     metrics, shown = evaluate.measure_clusters(ds, answer, args.clusters, best['pred'], device)

@@ -540,6 +540,22 @@ def test_scan_heads_find_blobs_and_agree_on_the_names():
     assert evaluate.hungarian_accuracy(one.argmax(1), blob)[0] == 1 and not close(one, probs, 1e-5)
 
 
+def test_what_the_heads_say_is_passed_on_to_the_nearest_neighbours():
+    g = data.generator('cpu', 4)
+    h = torch.randn(60, 4, generator=g)
+    near = cluster.neighbours(h, 12)
+    def say(**more):
+        return cluster.scan_heads(h, near, 3, heads=4, steps=20, batch=64, **more)
+    step = np.zeros((60, 60))                                              # of a walk along the graph of the 10 nearest
+    step[np.arange(60)[:, None], near[:, :10]] = 1 / 10
+    walked = np.linalg.matrix_power(step, 5) @ say(passes=0).double().numpy()
+    assert close(say(), walked, 1e-6) and not close(say(), say(passes=0), 1e-2)
+    h, blob = blobs()
+    said = torch.eye(3)[blob]
+    said[::7] = said[::7].roll(1, 1)                                       # nine of 60 in a wrong cluster
+    assert torch.equal(cluster.around(said, cluster.neighbours(h, 10)).argmax(1), blob)
+
+
 def test_the_criterion_sees_neighbours_and_sizes_and_one_cluster_for_all_is_worst():
     h, blob = blobs()
     near = cluster.neighbours(h, 5)
