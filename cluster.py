@@ -9,7 +9,6 @@ import evaluate
 import losses
 from runs import progress
 
-BYTES = 1 << 30          # of all heads' answers together
 CLOSE = 10               # neighbours that pass their cluster on; more of them share the class than of all
 
 
@@ -20,14 +19,13 @@ def neighbours(h, k):
     return ids.gather(1, itself.argsort(dim=1, stable=True))[:, :-1]
 
 
-def scan_heads(h, near, K, heads=48, entropy=5.0, steps=800, batch=4096, lr=3e-3, passes=5, seed=0):
+def scan_heads(h, near, K, heads=144, entropy=5.0, steps=800, batch=4096, lr=3e-3, seed=0):
     """Probabilities (N, K) by the consensus of linear cluster heads on frozen features h (N, D).
 
     All heads are trained at once by SCAN's loss (arXiv 2005.12320, eq. 2) on pairs of a row and one of its neighbours
-    near (N, k), nearest first. The third with the lowest loss over fresh pairs is kept, so no label chooses; the
-    clusters of each take the names of those of the best head that they overlap most, and the mean over the heads is the
-    consensus. It is passed on along the graph of the CLOSE nearest, `passes` times, which mends what the linear heads
-    cut wrongly (label propagation, Zhu & Ghahramani 2002, with no label held fixed).
+    near (N, k), nearest first. What each says is passed on to neighbours, and the half whose clusters then have the
+    lowest criterion is kept, so no label chooses. The clusters of each take the names of those of the best head that
+    they overlap most; the consensus is the mean over the heads, passed on.
     """
     g = data.generator(h.device, seed, 'scan')
     x = 16 * F.normalize(h.float(), dim=1)
@@ -36,28 +34,34 @@ def scan_heads(h, near, K, heads=48, entropy=5.0, steps=800, batch=4096, lr=3e-3
     opt = torch.optim.Adam([weight, bias], lr=lr)
     def answers(x):                                     # (n, K, heads): softmax over a short last dimension is slow
         return (x @ weight + bias).unflatten(1, (K, -1)).softmax(1)
-    def loss(n):
-        i = torch.randint(len(x), (n,), generator=g, device=h.device)
-        j = near[i, torch.randint(near.shape[1], (n,), generator=g, device=h.device)]
-        return losses.scan(*(answers(x[v]).permute(2, 0, 1) for v in (i, j)), entropy)
     at = progress('cluster heads', steps)
     for step in range(steps):
         at(step)
         opt.param_groups[0]['lr'] = lr * (1 - step / steps)
+        i = torch.randint(len(x), (min(batch, len(x)),), generator=g, device=h.device)
+        j = near[i, torch.randint(near.shape[1], i.shape, generator=g, device=h.device)]
         opt.zero_grad()
-        loss(min(batch, len(x))).sum().backward()
+        losses.scan(*(answers(x[v]).permute(2, 0, 1) for v in (i, j)), entropy).sum().backward()
         opt.step()
     at(steps)
     with torch.no_grad():
-        fits = max(1, BYTES // (4 * len(x) * K))                             # heads whose answers memory holds
-        best = loss(5 * batch).argsort()[:min(-(-heads // 3), fits)]
-        weight, bias = (v.unflatten(-1, (K, heads))[..., best].flatten(-2) for v in (weight, bias))
-        probs = answers(x)
-        first = probs[:, :, 0].argmax(1)
-        for i in range(1, len(best)):
-            probs[:, :, i] = probs[:, names(probs[:, :, i].argmax(1), first, K).argsort(), i]
-    probs = probs.mean(2)
-    for _ in range(passes):
+        def says(head):                                 # one at a time: memory need not hold what all say
+            return (x @ weight[:, head::heads] + bias[head::heads]).softmax(1)
+        judged, at = [], progress('choosing heads', heads)
+        for head in range(heads):
+            judged.append(criterion(passed_on(says(head), near).argmax(1), near, K, entropy))
+            at(head + 1)
+        best = torch.tensor(judged).argsort(stable=True)[:-(-heads // 2)].tolist()
+        first, total = says(best[0]).argmax(1), 0
+        for probs in map(says, best):
+            total = total + probs[:, names(probs.argmax(1), first, K).argsort()]
+    return passed_on(total / len(best), near)
+
+
+def passed_on(probs, near, times=5):
+    """probs (N, K) after each row took the mean over those of its CLOSE nearest neighbours, again and again: label
+    propagation (Zhu & Ghahramani 2002) with no label held fixed, which mends what linear heads cut wrongly."""
+    for _ in range(times):
         probs = around(probs, near[:, :CLOSE])
     return probs
 

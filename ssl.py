@@ -60,7 +60,7 @@ else:
         'stable': dict(cluster=0.995, scan=0.995),
         'neighbours': dict(simclr=20, query=10, cluster=50, scan=50),
         'entropy': dict(cluster=5.0, scan=5.0),
-        'heads': dict(scan=48),
+        'heads': dict(scan=144),
         'crop': dict(simclr=0.3, **all_headed(0.5, classify=0.7)),
         'flip': dict(simclr=True, **all_headed(True)),
         'rotate': dict(simclr=10.0, **all_headed(10.0, classify=5.0)),
@@ -271,7 +271,7 @@ else:
         flag(g, '--neighbours', 'of each picture, which should share its cluster, (query) vote on its class or (simclr '
              'with --encoder) be its other view', type=count, metavar='N')
         flag(g, '--entropy', 'weight of clusters being equally large', type=number(float, 0, 1e6), metavar='X')
-        flag(g, '--heads', 'linear ones, of which the third with the lowest loss decides together',
+        flag(g, '--heads', 'linear ones, of which the half that neighbours agree with most decides together',
              type=number(int, 1, 1000), metavar='N')
 
         g = p.add_argument_group('views')
