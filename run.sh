@@ -32,6 +32,7 @@ flags() {   # of method $2 in schedule $1, whose run is called $3; a method that
     default-scan | full-scan) echo --iterations 0 ;;   # self-labelling made it no better
     full-conv | full-vae) echo --epochs 10 ;;
     full-simclr)      echo --epochs 15 ;;
+    full-query-random) echo --rounds 1 --round-epochs 30 ;;   # in rounds it would keep its first errors
     full-simclr-near) echo --epochs 4 ;;
   esac
 }
