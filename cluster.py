@@ -9,6 +9,7 @@ import evaluate
 import losses
 from runs import progress
 
+BYTES = 1 << 30          # of what all heads say of a batch
 CLOSE = 10               # neighbours that pass their cluster on; more of them share the class than of all
 
 
@@ -28,7 +29,8 @@ def scan_heads(h, near, K, heads=144, entropy=5.0, steps=800, batch=4096, lr=3e-
     they overlap most; the consensus is the mean over the heads, passed on.
     """
     g = data.generator(h.device, seed, 'scan')
-    x = 16 * F.normalize(h.float(), dim=1)
+    x, batch = 16 * F.normalize(h.float(), dim=1), min(batch, len(h))
+    heads = max(1, min(heads, BYTES // (4 * batch * K)))
     weight = (0.05 * torch.randn(h.shape[1], K * heads, generator=g, device=h.device)).requires_grad_()
     bias = torch.zeros(K * heads, device=h.device, requires_grad=True)
     opt = torch.optim.Adam([weight, bias], lr=lr)
@@ -38,7 +40,7 @@ def scan_heads(h, near, K, heads=144, entropy=5.0, steps=800, batch=4096, lr=3e-
     for step in range(steps):
         at(step)
         opt.param_groups[0]['lr'] = lr * (1 - step / steps)
-        i = torch.randint(len(x), (min(batch, len(x)),), generator=g, device=h.device)
+        i = torch.randint(len(x), (batch,), generator=g, device=h.device)
         j = near[i, torch.randint(near.shape[1], i.shape, generator=g, device=h.device)]
         opt.zero_grad()
         losses.scan(*(answers(x[v]).permute(2, 0, 1) for v in (i, j)), entropy).sum().backward()

@@ -25,7 +25,7 @@ flags() {   # of method $2 in schedule $1, whose run is called $3; a method that
   case $1-$2 in
     quick-pixels | quick-pca | quick-random) echo --limit 6000 ;;   # nothing to train
     quick-query*)     echo --limit 6000 --budget 100 --rounds 2 --round-epochs 1 --closing 1 ;;
-    quick-scan)       echo --limit 6000 --iterations 1 --epochs 1 --closing 1 ;;
+    quick-scan)       echo --limit 6000 --heads 12 --iterations 1 --epochs 1 --closing 1 ;;
     quick-*)          echo --limit 6000 --epochs 1 ;;
     default-query*)   echo --budget 200 --rounds 4 --round-epochs 1 --closing 1 ;;
     default-simclr-near) echo --epochs 2 ;;

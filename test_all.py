@@ -535,6 +535,10 @@ def test_scan_heads_find_blobs_and_agree_on_the_names():
     assert evaluate.hungarian_accuracy(probs.argmax(1), blob)[0] == 1 and close(probs.sum(1), torch.ones(60))
     assert probs.max(1).values.min() > 0.75                                # heads that name differently would blur it
     assert close(cluster.scan_heads(h, near, 3, heads=8, steps=600, batch=64), probs, 1e-5)
+    with mock.patch.object(cluster, 'BYTES', 4 * 60 * 3 * 2 + 1):          # memory for two heads
+        two = cluster.scan_heads(h, near, 3, heads=8, steps=600, batch=64)
+    assert close(two, cluster.scan_heads(h, near, 3, heads=2, steps=600, batch=64), 1e-6)
+    assert not close(two, probs, 1e-5)
 
 
 def test_what_is_said_of_pictures_is_passed_on_to_their_nearest_neighbours():
