@@ -3761,6 +3761,16 @@ def test_threads_heed_a_containers_quota_of_processor_time():
         torch.set_num_threads(threads)
 
 
+def test_bfloat16_is_the_default_only_where_it_is_faster():
+    cpu = torch.device('cpu')
+    with folder() as f:
+        for flags, wanted in (('avx512_bf16 amx_bf16 avx512_fp16', True), ('avx512f avx512_bf16', False), ('', False)):
+            (f / 'cpuinfo').write_text(f'processor\t: 0\nflags\t\t: fpu {flags}\n')
+            assert train.amp_by_default(cpu, f / 'cpuinfo') is wanted, flags
+            assert not train.amp_by_default(torch.device('mps'), f / 'cpuinfo')
+        assert not train.amp_by_default(cpu, f / 'none')                   # not Linux
+
+
 def test_memory_of_a_step_is_kept_for_the_next():
     if platform.libc_ver()[0] != 'glibc':
         raise unittest.SkipTest('mallopt is of glibc')
