@@ -17,8 +17,7 @@ import stages
 
 def find_clusters(run, args, ds, device):
     """--method cluster and scan: pseudo-labels from the pictures alone, a network trained on them, better ones."""
-    if args.clusters > len(ds.x_train) // 2:
-        raise ValueError(f'--clusters {args.clusters} is too many for {len(ds.x_train):,} pictures')
+    check(args, ds)
     _, h, _ = stages.look_around(args.encoder, device, ds.x_train)
     near = cluster.neighbours(h, min(args.neighbours, len(h) - 1))
     model = stages.beginning(run, args, device)
@@ -31,6 +30,12 @@ def find_clusters(run, args, ds, device):
     seconds = stages.train_model(run, args, model, objective, x, plan=rounds.plan, **more)
     if distributed.rank() == 0:
         score(run, args, ds, model, device, seconds)
+
+
+def check(args, ds):
+    """ValueError for clusters that can't be found."""
+    if args.clusters > len(ds.x_train) // 2:
+        raise ValueError(f'--clusters {args.clusters} is too many for {len(ds.x_train):,} pictures')
 
 
 MOST = 20000        # pictures that stand in for labelled ones, at most

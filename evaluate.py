@@ -403,7 +403,8 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_shar
     out.update(knn=(knn(*bank, h) == y).float().mean().item(), knn_labels=len(bank[1]))
     n = max(2, round(probe_share * (len(y_train) + len(y_val))))
     a = torch.randperm(len(y_train), generator=data.generator('cpu', seed, 'probe'))[:n - n // 6].to(device)
-    b = torch.arange(0 if not use_test else min(n // 6, len(y_val)), device=device)
+    b = torch.randperm(len(y_val), generator=data.generator('cpu', seed, 'probe', 'validation'))
+    b = b[:n // 6 if use_test else 0].to(device)
     logits, l2 = linear_probe(h_train[a], y_train[a], h_val[b], y_val[b], h)
     pred, shown['probs'] = logits.argmax(1), logits.softmax(1)
     return {**out, 'probe': (pred == y).float().mean().item(), 'probe_labels': len(a) + len(b), 'probe_l2': l2,

@@ -15,7 +15,7 @@ CIFAR10_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog
 class Mapped:
     """Pictures in memory-mapped files, one after the other, that may be more than memory holds.
 
-    parts: uint8 tensors (n, C, H, W) of any strides. x[ids] and x[a:b] copy those rows, contiguous.
+    parts: uint8 tensors (n, C, H, W) of any strides. x[ids], x[a:b] and x[i] copy those rows, contiguous.
     """
     ndim = 4
 
@@ -26,7 +26,9 @@ class Mapped:
         return self.shape[0]
 
     def __getitem__(self, ids):
-        ids = torch.arange(len(self))[ids] if isinstance(ids, slice) else ids
+        if isinstance(ids, int):
+            return self[[ids]][0]
+        ids = torch.arange(len(self))[ids] if isinstance(ids, slice) else torch.as_tensor(ids, dtype=torch.int64)
         assert ((0 <= ids) & (ids < len(self))).all()
         out, start = torch.empty(len(ids), *self.shape[1:], dtype=torch.uint8), 0
         for part in self.parts:

@@ -150,8 +150,9 @@ class LabelDatabase:
     def answer(self, id, label, round):
         """Write down the label of an open question of this round, or with None that it can't be told, which costs
         nothing. False, and nothing changes, if the question is not open."""
-        with self.transaction():
-            return self.db.execute('UPDATE queries SET label = ?, time = ? WHERE id = ? AND round = ? AND time IS NULL',
+        with self.transaction():                                             # a clock may be set back: not before any
+            return self.db.execute("UPDATE queries SET label = ?, time = max(?, (SELECT coalesce(max(time), '') FROM "
+                                   'queries)) WHERE id = ? AND round = ? AND time IS NULL',
                                    (label, _now(), id, round)).rowcount == 1
 
     def undo(self, id, round):

@@ -59,7 +59,7 @@ class File:
         answers, known = {}, dict(zip(*(t.tolist() for t in self.paid.revealed())))
         for number, row in enumerate(rows, 1):
             row, where = [cell.strip() for cell in row], f'{self.path}, line {number}'
-            if not any(row) or (number == 1 and row[0].lower() == 'id'):
+            if not any(row) or row[0].lower() == 'id':                       # wanted.csv may be appended as it is
                 continue
             if len(row) != 2:
                 raise ValueError(f'{where} has {len(row)} columns; wanted two, id and class')

@@ -3,7 +3,7 @@
 Nothing is loaded from anywhere: pictures are inside as PNG, curves as SVG. Every page is well-formed XML too.
 """
 import base64
-import itertools
+import bisect
 import json
 import math
 import re
@@ -320,10 +320,11 @@ def clusters(shown, names, seed, n=8):
                    f'{"; with the class it is matched to, and their true class" if matched else ""}.</p>', out)
 
 
-def estimates(rounds):
-    """[(labels paid for until then, accuracy estimated from them in percent or None)] of LabelDatabase.rounds."""
-    spent = itertools.accumulate((asked for asked, _ in rounds.values()), initial=0)
-    return [(n, estimate and 100 * estimate) for n, (_, estimate) in zip(spent, rounds.values())]
+def estimates(rounds, rows):
+    """[(labels paid for until then, accuracy estimated from them in percent or None)] of LabelDatabase.rounds and its
+    history."""
+    came = [r for _, _, r, _ in rows]
+    return [(bisect.bisect_left(came, r), estimate and 100 * estimate) for r, (_, estimate) in rounds.items()]
 
 
 def queries(shown, classes, metrics):
@@ -331,7 +332,7 @@ def queries(shown, classes, metrics):
     if 'asked' not in shown:
         return ''
     x, rows, rounds = shown['asked']
-    curve, spent = estimates(rounds), len(rows)
+    curve, spent = estimates(rounds, rows), len(rows)
     final = [(spent, 100 * metrics['accuracy'])] if 'accuracy' in metrics else []
     out, most = '', 1000 // x.shape[1]
     for r in dict.fromkeys(row[2] for row in rows[:most]):
@@ -366,7 +367,7 @@ def write_comparison(path, folders):
         metrics = runs.read_json(folder / 'metrics.json') if (folder / 'metrics.json').exists() else {}
         if (folder / 'labels.sqlite').exists():
             paid = labels.LabelDatabase(folder / 'labels.sqlite', None, 0, config['data']['digest'])
-            estimated[name] = estimates(paid.rounds())
+            estimated[name] = estimates(paid.rounds(), paid.history())
         if metrics.get('labels') and metrics.get('accuracy'):
             points = tested.setdefault(kind(config, 'labels', 'budget'), (name, config, {}))[2]
             points.setdefault(metrics['labels'], []).append(100 * metrics['accuracy'])

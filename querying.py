@@ -21,15 +21,9 @@ import train
 
 def classify(run, args, ds, device, trial=None):
     """Pay for labels, learn a classifier from those pictures alone, and score it on the test set."""
-    if ds.y_train is None:
-        raise ValueError('--method classify needs labels, and the data has no y_train')
-    most = len(ds.labelled())
-    n = round(args.labels * most) if args.labels < 1 else int(args.labels)
-    if args.labels > 1 and n != args.labels:
-        raise ValueError(f'--labels {args.labels:g} is neither a whole number nor a share below 1')
-    if not len(ds.classes) <= n <= most:
-        raise ValueError(f'--labels {args.labels:g} asks for {n:,} labels; wanted from {len(ds.classes)}, the '
-                         f'number of classes, to {most:,}, the number of pictures that have one')
+    n = number_of_labels(args, ds)
+    if trial and n < 5:
+        raise ValueError(f'--search judges by a fifth of the labels, so --labels {n} is too few; wanted 5 or more')
     model = stages.beginning(run, args, device)
     if distributed.rank() == 0:
         paid = labels.LabelDatabase(run.folder / 'labels.sqlite', ds.y_train.__getitem__, n, *ds.key)
@@ -55,6 +49,20 @@ def classify(run, args, ds, device, trial=None):
         score(run, args, ds, model, device, seconds)
 
 
+def number_of_labels(args, ds):
+    """How many labels --labels stands for; ValueError if they can't be had."""
+    if ds.y_train is None:
+        raise ValueError('--method classify needs labels, and the data has no y_train')
+    most = len(ds.labelled())
+    n = round(args.labels * most) if args.labels < 1 else int(args.labels)
+    if args.labels > 1 and n != args.labels:
+        raise ValueError(f'--labels {args.labels:g} is neither a whole number nor a share below 1')
+    if not len(ds.classes) <= n <= most:
+        raise ValueError(f'--labels {args.labels:g} asks for {n:,} labels; wanted from {len(ds.classes)}, the '
+                         f'number of classes, to {most:,}, the number of pictures that have one')
+    return n
+
+
 def pick(args, ds, model, n, device):
     """Ids (n,) of the pictures whose labels are asked for, by --pick."""
     pool = ds.labelled()
@@ -70,6 +78,25 @@ def pick(args, ds, model, n, device):
 def query(run, args, ds, device, trial=None):
     """From no label at all: ask for a few, learn from them and from all other pictures, ask for those that then
     say most, until the budget is spent or the accuracy reached; then close, and score on the test set."""
+    check_query(args, ds)
+    model = stages.beginning(run, args, device)
+    asking = Asking(run, args, ds, model, device)
+    objective = partial(stages.objective_of(args), labelled=lambda: asking.labelled)
+    check = trial.scored(None, asking.estimate) if trial else None
+    try:
+        seconds = stages.train_model(run, args, model, objective, data.Pictures(ds.x_train, device), check=check,
+                              plan=asking.plan, after_step=asking.after_step)
+        if trial:
+            trial.complete(run, seconds)
+        elif distributed.rank() == 0:
+            score(run, args, ds, model, device, seconds)
+    finally:
+        if args.oracle == 'web':
+            asking.person.close()
+
+
+def check_query(args, ds):
+    """ValueError for a query that can't be made."""
     if args.oracle == 'data' and ds.y_train is None:
         raise ValueError('--method query needs labels to reveal, and the data has no y_train; --oracle web asks you')
     if len(ds.classes) < 2:
@@ -85,20 +112,6 @@ def query(run, args, ds, device, trial=None):
         raise ValueError('--until goes by an estimate, which needs some queries drawn at random: --audit above 0')
     if args.rounds > args.budget:
         raise ValueError(f'--rounds {args.rounds} is more than the --budget of {args.budget} labels')
-    model = stages.beginning(run, args, device)
-    asking = Asking(run, args, ds, model, device)
-    objective = partial(stages.objective_of(args), labelled=lambda: asking.labelled)
-    check = trial.scored(None, asking.estimate) if trial else None
-    try:
-        seconds = stages.train_model(run, args, model, objective, data.Pictures(ds.x_train, device), check=check,
-                              plan=asking.plan, after_step=asking.after_step)
-        if trial:
-            trial.complete(run, seconds)
-        elif distributed.rank() == 0:
-            score(run, args, ds, model, device, seconds)
-    finally:
-        if args.oracle == 'web':
-            asking.person.close()
 
 
 class Asking:
@@ -162,7 +175,8 @@ class Asking:
 
     def estimate(self):
         """The newest estimate of the accuracy; 0 before there is one."""
-        return max((r, estimate or 0.0) for r, (_, estimate) in self.paid.rounds().items())[1]
+        newest = max(self.paid.rounds().items())[1][1] if distributed.rank() == 0 else None
+        return distributed.from_first(newest) or 0.0
 
     def ask(self, now):
         """One round: predict all pictures that can be asked about, estimate the accuracy, choose, write it down; pay,

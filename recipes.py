@@ -89,6 +89,9 @@ def run_method(args, typed, trial=None):
         if args.method == 'simclr' != begun['args']['method']:
             raise ValueError(f'--method simclr goes on from a run of simclr, and {args.encoder[0]} is one of '
                              f'{begun["args"]["method"]}')
+    recipe, _, check = RECIPES.get(args.method, REPRESENT)
+    if args.overwrite and check:
+        check(args, ds)                                                    # before the old run is gone
     run = runs.Run(folder, config, typed, args.resume, args.overwrite) if first else runs.Silent(folder)
     run.config, finished = distributed.from_first((run.config, run.finished) if first else None)
     args = argparse.Namespace(**run.config['args'])
@@ -96,7 +99,6 @@ def run_method(args, typed, trial=None):
         print(f'{run.folder} is already finished; --evaluate {run.folder} measures it again')
     elif not finished:
         try:
-            recipe, _ = RECIPES.get(args.method, REPRESENT)
             recipe(run, args, ds, device, **({'trial': trial} if trial else {}))
         except ValueError:
             run.withdraw()
@@ -104,10 +106,11 @@ def run_method(args, typed, trial=None):
     distributed.stop()
 
 
-# what to do for a method, and how to measure it again
-REPRESENT = represent.represent, represent.finish
-RECIPES = {'classify': (querying.classify, querying.score), 'query': (querying.query, querying.score),
-           **dict.fromkeys(['cluster', 'scan'], (clustering.find_clusters, clustering.score))}
+# what to do for a method, how to measure it again, and what its flags must not ask of the data
+REPRESENT = represent.represent, represent.finish, None
+RECIPES = {'classify': (querying.classify, querying.score, querying.number_of_labels),
+           'query': (querying.query, querying.score, querying.check_query),
+           **dict.fromkeys(['cluster', 'scan'], (clustering.find_clusters, clustering.score, clustering.check))}
 
 
 def evaluate_again(folder, now):
@@ -118,7 +121,7 @@ def evaluate_again(folder, now):
         raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
     run = runs.Run(folder, config, resume=True)
     seconds = runs.read_json(folder / 'metrics.json').get('seconds')
-    _, measure = RECIPES.get(args.method, REPRESENT)
+    _, measure, _ = RECIPES.get(args.method, REPRESENT)
     measure(run, args, ds, model, device, seconds if isinstance(seconds, (int, float)) else 0.0)
 
 

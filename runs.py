@@ -13,9 +13,11 @@ import platform
 import re
 import shlex
 import shutil
+import sqlite3
 import sys
 import time
 import zipfile
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -130,6 +132,19 @@ def _sha256(config):
     return hashlib.sha256(json.dumps(_finite(config), sort_keys=True).encode()).hexdigest()
 
 
+def _answered(path):
+    """Does a label database hold an answer, or can't it be told?"""
+    if not path.exists():
+        return False
+    try:
+        with closing(sqlite3.connect(path)) as db:
+            return bool(db.execute('SELECT count(label) FROM queries').fetchone()[0])
+    except sqlite3.OperationalError as e:
+        return 'no such table' not in str(e)
+    except sqlite3.Error:
+        return True
+
+
 class Run:
     """One run folder, opened for writing and locked until the process ends."""
 
@@ -146,14 +161,18 @@ class Run:
         if exists and resume:
             config = self._merge(read_config(self.folder), config, typed)
         else:
-            for old in ('log.jsonl', 'metrics.json', 'predictions.csv', 'predictions.npz', 'wanted.csv', 'wanted.png',
-                        'report.html', '*.svg', 'labels.previous.sqlite-journal', '*.pt'):
+            for old in ('log.jsonl', 'metrics.json', 'predictions.csv', 'predictions.npz', 'wanted.csv', 'report.html',
+                        '*.png', '*.svg', '*.pt'):
                 for path in self.folder.glob(old):
                     path.unlink()
             shutil.rmtree(self.folder / 'tensorboard', ignore_errors=True)
-            for old in ('labels.sqlite', 'labels.sqlite-journal'):           # a person may have worked for hours on it
-                if (self.folder / old).exists():
-                    os.replace(self.folder / old, self.folder / old.replace('labels', 'labels.previous'))
+            aside = _answered(self.folder / 'labels.sqlite')                 # a person may have worked for hours on it
+            for end in ('.sqlite', '.sqlite-journal'):
+                if aside:
+                    (self.folder / f'labels.previous{end}').unlink(missing_ok=True)
+                if aside and (self.folder / f'labels{end}').exists():
+                    os.replace(self.folder / f'labels{end}', self.folder / f'labels.previous{end}')
+                (self.folder / f'labels{end}').unlink(missing_ok=True)
         self.config = config
         write_json(self.folder / 'config.json', {**config, 'sha256': _sha256(config)})
 
@@ -167,15 +186,17 @@ class Run:
 
     def _merge(self, old, new, typed):
         before = old['args']
-        for key in sorted(set(typed) - FREE):
+        free = FREE - ({'epochs'} if 'iterations' in before else set())      # there they are the length of an iteration
+        for key in sorted(set(typed) - free):
             if before.get(key) != new['args'][key]:
                 raise ValueError(f'{self.folder} was started with {flag(key, before.get(key))}, not '
                                  f'{flag(key, new["args"][key])}, which can not change on --resume; use another --name '
-                                 f'({", ".join(flag(k, "").strip() for k in MAY_CHANGE)} may change)')
+                                 f'({", ".join(flag(k, "").strip() for k in MAY_CHANGE if k in free)} may change)')
         if old['data']['digest'] != new['data']['digest']:
             raise ValueError(f'{self.folder} was started on other data (its digest differs); use another --name')
         kept = {k: v for k, v in before.items() if k not in typed and k not in HERE}
-        return {**new, 'args': {**new['args'], **kept}}
+        begun = {k: old[k] for k in ('encoder',) if k in old}                # what its network is, typed again or not
+        return {**new, **begun, 'args': {**new['args'], **kept}}
 
     def withdraw(self):
         """Take back a folder in which nothing was learned or paid for yet, after a mistake that showed late."""

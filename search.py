@@ -69,6 +69,11 @@ def search(args, typed, run):
     shapes_loss = {'tau', 'crop', 'rotate', 'jitter', 'grey', 'blur', 'cutout', 'noise', 'beta'}
     by_loss = args.method in ('ae', 'conv', 'vae') and not shapes_loss & {key for key, *_ in args.over}
     by_knn = not by_loss and args.method not in ('classify', 'query')
+    if args.method == 'query':
+        least = {**vars(args), **{key: low for key, low, _ in args.over}}
+        if least['rounds'] < 2 or not least['audit'] and args.pick != 'random':
+            raise ValueError('--search of query goes by an estimate, which needs some queries drawn at random, --audit '
+                             'above 0, and --rounds from 2 up')
     if by_knn and stages.load(args).y_train is None:
         raise ValueError('the losses of these settings can not be compared with each other, and the data has no labels '
                          'to judge by')
@@ -84,8 +89,8 @@ def search(args, typed, run):
         trial = Trial(Path('runs') / name, [t['curve'] for t in trials], by_loss)
         run(own, {**plain, **setting}, trial)
         curve = trial.curve
-        trials.append({'name': name, 'setting': setting, 'curve': curve,
-                       'stopped': len(curve) < getattr(own, 'epochs', 0)})
+        trials.append({'name': name, 'setting': setting, 'curve': curve,         # by --patience too it may end early
+                       'stopped': len(curve) < getattr(own, 'epochs', 0) and hopeless(curve, trial.others)})
         print(f'{name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in setting.items())
               + f': score {curve[-1]:.4f}' + (f', stopped after epoch {len(curve)}' if trials[-1]['stopped'] else ''))
     ranked = sorted(trials, key=lambda t: (t['stopped'], -t['curve'][-1]))

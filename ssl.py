@@ -308,8 +308,12 @@ else:
         if method is None and command is None:
             parser.error('say what to do; python ssl.py --method ae trains and measures an autoencoder in half a '
                          'minute (--help lists the rest)')
-        for key in {'net', 'width'} & set(typed) if 'encoder' in typed else ():
+        ranged = {key for key, *_ in typed.get('over', ())}
+        for key in {'net', 'width'} & {*typed, *ranged} if 'encoder' in typed else ():
             parser.error(f'--{key} is that of the --encoder run; leave it out')
+        if typed.get('epochs') == 0 and method in ('cluster', 'scan'):
+            parser.error(f'--epochs of --method {method} is the length of an iteration, so wanted from 1 up; '
+                         '--iterations 0 trains nothing')
         for key in typed:
             if method and key in PER_METHOD and method not in PER_METHOD[key]:
                 parser.error(f'--{key.replace("_", "-")} does nothing for --method {method}; '
@@ -339,6 +343,8 @@ else:
                 low, high = map(types[key], ends)
             except argparse.ArgumentTypeError as e:
                 parser.error(f'{over}: {e}')
+            if key == 'labels' and high >= 1:                                # a number of them, not a share
+                low, high = round(low), round(high)
             if key in typed or not low < high:
                 parser.error(f'{over} ' + ('is also given as a flag' if key in typed else 'wants the lower end first'))
             typed['over'][i] = key, low, high
