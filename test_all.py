@@ -702,6 +702,33 @@ def test_a_trial_is_hopeless_once_it_never_was_as_good_as_the_median_of_the_aver
     assert search.hopeless([2.9, 0], others) and not search.hopeless([0, 3], others)     # averages 1.5, 3, 4.5
 
 
+def test_a_search_keeps_what_patience_ended_and_refuses_what_it_can_not_judge():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        flags = ['--search', 3, '--over', 'lr=1e-5:1e-2', '--patience', 1]
+        losses_seen = [{'val_loss': v, 'std': 1.0, 'rank': 2.0} for v in (3, 2, 1, 2, 4, 7, 6, 5)]
+        with mock.patch.object(train, 'validate', side_effect=losses_seen):
+            code, out, err = run(*tiny('ae', *flags), '--epochs', 3, cwd=cwd)
+        assert code == 0 and not err, err
+        table = [line.split() for line in out.splitlines()[-4:-1]]
+        assert [row[0] for row in table] == ['ae-00', 'ae-01', 'ae-02'] and 'stopped' not in out, out
+        assert [row[2:4] for row in table] == [['-1.0000', '3'], ['-4.0000', '2'], ['-5.0000', '3']]
+        over = ['--search', 1, '--over', 'lr=1e-4:1e-2']
+        refused(*tiny('query', *over), '--audit', 0, cwd=cwd, said=['--audit'])
+        refused(*tiny('query', *over), '--rounds', 1, cwd=cwd, said=['--rounds'])
+        refused(*tiny('query', '--search', 1, '--over', 'audit=0:1'), cwd=cwd, said=['--audit'])
+        refused(*tiny('classify', *over), '--labels', 4, cwd=cwd, said=['--labels 4', '5 or more'])
+        encoder = ['--encoder', finished('simclr')]
+        refused('--method', 'classify', *encoder, '--search', 1, '--over', 'width=0.2:1', cwd=cwd, said=['--width'])
+        assert not list((cwd / 'runs').glob('[b-z]*'))
+        code, out, err = run(*tiny('classify'), '--search', 2, '--over', 'labels=9:30', '--name', 'n', cwd=cwd)
+        flags = [w for i, w in enumerate(tiny('classify')) if '--labels' not in (w, tiny('classify')[i - 1])]
+        code, out, err = run(*flags, '--search', 2, '--over', 'labels=9:30', '--name', 'n', cwd=cwd)
+        assert code == 0, err
+        spent = [runs.read_config(cwd / f'runs/n-0{i}')['args']['labels'] for i in (0, 1)]
+        assert spent[0] != spent[1] and all(n == int(n) and 9 <= n <= 30 for n in spent)
+
+
 def test_a_search_scores_on_validation_and_its_best_command_gives_the_best_run_again():
     with folder() as cwd:
         write_npz(cwd / 'tiny.npz')
@@ -2074,6 +2101,20 @@ def test_measure_scores_separable_classes_1_and_shuffled_labels_by_chance():
     assert abs(chance['kmeans_ari']) < 0.1 and chance['probe_l2'] == sure['probe_l2']
 
 
+def test_the_probe_chooses_on_labels_of_all_classes_also_where_pictures_are_sorted_by_class():
+    a = arrays(1200, 30, K=6)
+    order = a['y_train'].argsort(kind='stable')
+    with mock.patch.object(evaluate, 'linear_probe', wraps=evaluate.linear_probe) as probe:
+        measure(**{**a, 'x_train': a['x_train'][order], 'y_train': a['y_train'][order]})
+    _, y, _, y_val, _ = probe.call_args.args
+    assert len(y_val) == 20 and len(y) == 500                             # all that are kept here
+    ds = data._dataset('sorted', {**a, 'x_train': a['x_train'][order], 'y_train': a['y_train'][order]})
+    with mock.patch.object(evaluate, 'linear_probe', wraps=evaluate.linear_probe) as probe:
+        evaluate.measure(ds, *data.split(1200, 400, 0), lambda x: x.flatten(1), probe_share=0.15)
+    y_val = probe.call_args.args[3]
+    assert len(y_val) == 30 and len(y_val.unique()) == 6
+
+
 def test_measure_says_what_it_leaves_out():
     a = arrays(200, 90)
     bare = measure(x_train=a['x_train'])
@@ -2243,6 +2284,9 @@ def test_a_round_answered_one_by_one_goes_on_after_a_kill_with_the_same_open_que
         paid = database()
         assert paid.unanswered(0) == [7, 3, 9] and paid.spent == 0 and not paid.undo(3, 0)
         assert [row[:2] for row in paid.db.execute('SELECT * FROM undone')] == [(7, None), (3, 2)]
+        with mock.patch.object(labels, '_now', side_effect=['2026-03', '2026-01', '2026-02', '2026-02']):
+            assert all(paid.answer(i, 1, 0) for i in (7, 3)) and paid.last(0) == (3, 1)      # the clock was set back
+            assert paid.undo(3, 0) and paid.undo(7, 0)
         assert paid.answer(9, 1, 0) and paid.answer(7, 1, 0) and paid.answer(3, None, 0)
         assert not paid.undo(3, 0)                                        # the round is over
         assert [t.tolist() for t in paid.revealed()] == [[7, 9], [1, 1]] and paid.asked().tolist() == [7, 3, 9]
@@ -2741,6 +2785,61 @@ def test_pooled_experts_are_their_normalised_geometric_mean():
     for both, a, b in zip(evaluate.pool(p, q).tolist(), p.tolist(), q.tolist()):
         wanted = [math.exp((math.log(u) + math.log(v + 1e-3)) / 2) for u, v in zip(a, b)]
         assert close(both, np.array(wanted) / sum(wanted)) and min(both) > 0
+
+
+def test_an_estimate_is_that_of_the_first_process_in_all():
+    asking = querying.Asking.__new__(querying.Asking)                     # as in the others: without a database
+    with mock.patch.multiple(distributed, rank=lambda: 1, from_first=lambda mine: 0.75):
+        assert asking.estimate() == 0.75
+    asking.paid = mock.Mock(rounds=lambda: {0: (5, None), 1: (5, 0.5)})
+    assert asking.estimate() == 0.5
+    asking.paid = mock.Mock(rounds=lambda: {0: (5, None)})
+    assert asking.estimate() == 0.0
+
+
+def test_what_is_given_up_by_overwrite_is_answers_only_once_and_nothing_after_a_mistake():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        there = cwd / 'runs/query'
+        assert run(*tiny('query'), cwd=cwd)[0] == 0
+        answers = (there / 'labels.sqlite').read_bytes()
+        everything = {p.name: p.read_bytes() for p in there.iterdir() if p.is_file()}
+        refused(*tiny('query'), '--budget', 1000, '--overwrite', cwd=cwd, said=['--budget'])
+        refused(*tiny('classify'), '--labels', 1000, '--name', 'query', '--overwrite', cwd=cwd, said=['--labels'])
+        refused(*tiny('scan'), '--clusters', 100, '--name', 'query', '--overwrite', cwd=cwd, said=['--clusters'])
+        assert {p.name: p.read_bytes() for p in there.iterdir() if p.is_file()} == everything
+        for _ in range(2):                                                # nothing is answered the first time
+            code, out, _ = run(*tiny('query'), '--oracle', 'file', '--answers', 'none.csv', '--overwrite', cwd=cwd)
+            assert code == 130 and 'labels missing' in out
+            assert (there / 'labels.previous.sqlite').read_bytes() == answers
+        (there / 'labels.sqlite').write_bytes(b'')                        # killed before its first table
+        (there / 'samples.png').write_bytes(b'of another run')
+        assert run(*tiny('ae'), '--name', 'query', '--overwrite', cwd=cwd)[0] == 0
+        assert (there / 'labels.previous.sqlite').read_bytes() == answers and not (there / 'labels.sqlite').exists()
+        assert not (there / 'samples.png').exists() and (there / 'reconstructions.png').exists()
+        (there / 'labels.sqlite').write_bytes(b'damaged' * 999)           # who knows what was in it
+        assert run(*tiny('pixels'), '--name', 'query', '--overwrite', cwd=cwd)[0] == 0
+        assert (there / 'labels.previous.sqlite').read_bytes() == b'damaged' * 999
+
+
+def test_a_run_resumed_without_its_encoder_typed_again_is_the_same_network():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        flags = [w for w in tiny('classify') if w not in ('--width', 0.1)]
+        encoder = tiny('simclr', '--net', 'conv', '--name', 'narrow')
+        assert run(*encoder, cwd=cwd)[0] == 0
+        assert run(*flags, '--encoder', 'runs/narrow', cwd=cwd)[0] == 0
+        before = runs.read_config(cwd / 'runs/classify')['encoder']
+        code, out, err = run('--method', 'classify', '--name', 'classify', '--resume', cwd=cwd)
+        assert code == 0 and 'already finished' in out, err
+        assert runs.read_config(cwd / 'runs/classify')['encoder'] == before
+        assert run('--evaluate', 'runs/classify', cwd=cwd)[0] == 0
+
+
+def test_the_length_of_an_iteration_is_one_epoch_or_more_and_kept():
+    for method in 'cluster', 'scan':
+        refused(*tiny(method), '--epochs', 0, '--name', 'none', said=['--epochs', '--iterations 0'])
+        refused(*tiny(method), '--epochs', 3, '--name', finished(method).name, '--resume', said=['--epochs 1'])
 
 
 def test_a_query_with_a_second_encoder_learns_the_same_and_hears_neighbours_when_it_predicts():
@@ -3636,6 +3735,28 @@ def test_a_run_from_a_memory_map_equals_one_from_memory_held_or_not():
             assert_same_run(cwd / 'runs' / 'tiny.npzNone', cwd / 'runs' / other)
 
 
+def test_a_person_is_shown_pictures_that_stay_in_their_files():
+    with folder() as cwd:
+        write_cifar10(cwd)
+        ds = data.load(cwd)
+        assert torch.equal(ds.x_train[3], ds.x_train[3:4][0]) and torch.equal(ds.x_train[[4, 2]][1], ds.x_train[2:3][0])
+        assert ds.x_train[[]].shape == (0, 3, 32, 32)
+        flags = tiny('query', '--oracle', 'file', '--answers', 'a.csv', '--budget', 12, '--data', '.', '--name', 'file')
+        code, out, err = run(*flags, cwd=cwd)
+        assert code == 130 and 'labels missing' in out and not err, err
+        shown = read_png(cwd / 'runs/file/wanted.png')
+        ids = [int(line.strip(',')) for line in (cwd / 'runs/file/wanted.csv').read_text().split()[1:]]
+        assert all((shown[..., 2] == i).sum() >= 1024 for i in ids)       # blue is the picture's number
+        paid = labels.LabelDatabase(cwd / 'l.sqlite', None, 9, 'abc')
+        web = oracle.Web(paid, ds.x_train, ds.classes, 1, None)
+        try:
+            with urllib.request.urlopen(web.address + '7.png') as sent:
+                (cwd / '7.png').write_bytes(sent.read())
+            assert np.array_equal(read_png(cwd / '7.png'), ds.x_train[7].permute(1, 2, 0).numpy())
+        finally:
+            web.close()
+
+
 def partly_labelled(labelled, **kwargs):
     """A data set in which only these of the training pictures have a label."""
     a = arrays(**kwargs)
@@ -4068,6 +4189,16 @@ def test_estimates_stand_at_the_labels_they_came_from():
         page.write_comparison(f / 'report.html', [f])
         table = list(read_page(f / 'report.html').iter('table'))[1]
         assert [[float(c.text) for c in tr] for tr in table.find('tbody')] == [list(p) for p in wanted[1:]]
+
+
+def test_estimates_count_no_skipped_question():
+    with folder() as f:
+        paid = labels.LabelDatabase(f / 'labels.sqlite', None, 100, 'digest')
+        for r in range(3):
+            paid.ask(range(4 * r, 4 * r + 4), r, estimate=r / 4 or None)
+            for i in range(4):
+                paid.answer(4 * r + i, 0 if i < 3 - r else None, r)       # 3, 2 and 1 of four
+        assert page.estimates(paid.rounds(), paid.history()) == [(0, None), (3, 25), (5, 50)]
 
 
 def test_comparison_writes_a_page_with_the_same_table_and_all_curves():
