@@ -58,13 +58,15 @@ class Clustering:
         answer = None
         if distributed.rank() == 0:
             done = 1 + max((int(p.stem[10:]) for p in self.run.folder.glob('iteration-*.pt')), default=-1)
-            if done < now or inside and done == now:
+            newest = runs.load_checkpoint(self.file(done - 1)) if done else None
+            over = bool(newest and newest['row']['last'])                  # nothing is assigned anew after it
+            if not over and (done < now or inside and done == now):
                 raise ValueError(f'{self.run.folder} has lost its iteration-*.pt, which --resume needs; --overwrite '
                                  'starts again')
-            newest = runs.load_checkpoint(self.file(done - 1)) if done else None
-            if inside == 0 and now == done and not (newest and newest['row']['last']):
+            if inside == 0 and now == done and not over:
                 newest, done = self.assign(now, newest), done + 1
-            at, over = min(now, done - 1), newest['row']['last']           # over: nothing is assigned anew after it
+                over = newest['row']['last']
+            at = min(now, done - 1)
             state = newest if at == done - 1 else runs.load_checkpoint(self.file(at))
             if inside == 0 and at == now:
                 self.run.log({**state['row'], 'epoch': epoch})

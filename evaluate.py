@@ -342,8 +342,10 @@ def principal(h, k=2):
 def effective_rank(h):
     """exp of the entropy of the normalised singular values of centred h (N, D) (Roy & Vetterli 2007).
 
-    D when all directions carry the same, 1 when the features have collapsed to a line.
+    D when all directions carry the same, 1 when the features have collapsed to a line, nan if one is not finite.
     """
+    if not h.isfinite().all():
+        return math.nan
     s = torch.linalg.svdvals((h - h.mean(0)).float().cpu())              # few devices have it
     p = s / s.sum().clamp(min=1e-12)
     return math.exp(-(p * p.clamp(min=1e-12).log()).sum().item())
@@ -380,6 +382,9 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_shar
     if reconstruct:
         out.update(reconstruction(reconstruct, x, ids, device))
     h, h_train = (in_chunks(encode, v, ids=of, device=device).float() for v, of in ((x, ids), (ds.x_train, train_ids)))
+    if not all(part.square().sum(1).isfinite().all() for part in (h, h_train)):
+        raise ValueError('the features are too large to be measured: the training has diverged; start again with '
+                         '--overwrite and a lower --lr')
     out.update(features=h.shape[1], effective_rank=effective_rank(h),
                feature_std=h.std(0, unbiased=False).mean().item())
     shown = {'x': x if use_test else x[ids], 'h': h}

@@ -4,6 +4,7 @@ import io
 import math
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -99,6 +100,8 @@ def check_query(args, ds):
     """ValueError for a query that can't be made."""
     if args.oracle == 'data' and ds.y_train is None:
         raise ValueError('--method query needs labels to reveal, and the data has no y_train; --oracle web asks you')
+    if args.oracle == 'file' and Path(args.answers).is_dir():
+        raise ValueError(f'--answers {args.answers} is a folder; wanted a CSV file, which need not exist yet')
     if len(ds.classes) < 2:
         raise ValueError(f'--method query needs two classes or more, and the data names {len(ds.classes)}; '
                          'say for instance --classes cat,dog,other')
@@ -247,8 +250,11 @@ def neighbours_of(folder, args, device):
         return None
     path = folder / 'neighbours.pt'
     state = runs.load_checkpoint(path) if path.exists() else {}
-    if not {'h', 'means', 'said'} <= state.keys():
+    if not {'h', 'means', 'said', 'encoders'} <= state.keys():
         raise ValueError(f'{path} is missing or of another kind; --evaluate {folder} writes it anew')
+    for encoder, digest in zip(args.encoder[1:], state['encoders']):
+        if stages.weights_digest(encoder) != digest:
+            raise ValueError(f'{encoder} was trained anew since; --evaluate {folder} measures this run with it')
     encode, _, _ = stages.look_around(args.encoder[1:], device, means=[mean.to(device) for mean in state['means']])
     return stages.Neighbours(encode, state['h'].to(device), state['said'].to(device), args.neighbours)
 
@@ -263,7 +269,8 @@ def write_predictions(folder, args, model, ds, device, paid):
         encode, h, means = stages.look_around(args.encoder[1:], device, ds.x_train)
         probs[ids.to(device)] = F.one_hot(y, len(classes)).to(probs)
         runs.write_state(folder / 'neighbours.pt', {'h': h.cpu(), 'means': [mean.cpu() for mean in means],
-                                                    'said': probs.cpu()})
+                                                    'said': probs.cpu(), 'encoders': [
+                                                        stages.weights_digest(f) for f in args.encoder[1:]]})
         neighbours = stages.Neighbours(encode, h, probs, args.neighbours)
         probs = evaluate.pool(probs, neighbours.vote(h))
     confidence, label = (probs.cpu() / probs.cpu().sum(1, keepdim=True)).max(1)

@@ -1,5 +1,6 @@
 """The commands of ssl.py, each with the other modules' functions."""
 import argparse
+import contextlib
 import csv
 import io
 import sqlite3
@@ -85,13 +86,15 @@ def run_method(args, typed, trial=None):
         args.amp = args.net != 'fc' and train.amp_by_default(device)
     config = runs.describe(vars(args), ds, device)
     if getattr(args, 'encoder', None):
+        if args.overwrite and folder.resolve() in [Path(f).resolve() for f in np.atleast_1d(args.encoder).tolist()]:
+            raise ValueError(f'{folder} is an --encoder of this run, so it can not be overwritten; use another --name')
         config['encoder'] = begun = [stages.read_encoder(f, ds.shape) for f in np.atleast_1d(args.encoder).tolist()][0]
         if args.method == 'simclr' != begun['args']['method']:
             raise ValueError(f'--method simclr goes on from a run of simclr, and {args.encoder[0]} is one of '
                              f'{begun["args"]["method"]}')
     recipe, _, check = RECIPES.get(args.method, REPRESENT)
-    if args.overwrite and check:
-        check(args, ds)                                                    # before the old run is gone
+    if not (args.resume and (folder / 'config.json').exists()):
+        check(args, ds)                                                    # before --overwrite deletes the old run
     run = runs.Run(folder, config, typed, args.resume, args.overwrite) if first else runs.Silent(folder)
     run.config, finished = distributed.from_first((run.config, run.finished) if first else None)
     args = argparse.Namespace(**run.config['args'])
@@ -107,7 +110,7 @@ def run_method(args, typed, trial=None):
 
 
 # what to do for a method, how to measure it again, and what its flags must not ask of the data
-REPRESENT = represent.represent, represent.finish, None
+REPRESENT = represent.represent, represent.finish, represent.check
 RECIPES = {'classify': (querying.classify, querying.score, querying.number_of_labels),
            'query': (querying.query, querying.score, querying.check_query),
            **dict.fromkeys(['cluster', 'scan'], (clustering.find_clusters, clustering.score, clustering.check))}
@@ -117,8 +120,6 @@ def evaluate_again(folder, now):
     """Load a finished run's checkpoint and write its measures, pictures and page anew."""
     config, args, model, device = stages.reopen(folder, now.device)
     ds, args.perplexity, args.tensorboard = stages.data_of(folder, config), now.perplexity, now.tensorboard
-    if not (folder / 'metrics.json').exists():
-        raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
     run = runs.Run(folder, config, resume=True)
     seconds = runs.read_json(folder / 'metrics.json').get('seconds')
     _, measure, _ = RECIPES.get(args.method, REPRESENT)
@@ -128,6 +129,7 @@ def evaluate_again(folder, now):
 def export(folder, path, device):
     """Write the features of all pictures of a finished run as an .npz, with ids, split and the labels that are known:
     of a classifier's training pictures those it paid for, -1 for the others."""
+    may_write(path, 'an earlier export', lambda: {'features', 'ids', 'split'} <= set(np.load(path).files))
     config, args, model, device = stages.reopen(folder, device)
     ds = stages.data_of(folder, config)
     few = args.method in RECIPES
@@ -181,7 +183,20 @@ def compare(folders):
     print('-> runs/report.html')
 
 
+def may_write(path, what, ours):
+    """ValueError if there is no place for a file, or if there is one that ours() doesn't know as our own."""
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f'{path} can not be written: ' + ('it is a folder' if path.is_dir() else
+                                                           f'there is no folder {path.parent}'))
+    with contextlib.suppress(Exception):                                   # numpy raises many types of error
+        if not path.exists() or path.is_file() and ours():
+            return
+    raise ValueError(f'{path} exists and is not {what}; it is kept: name another file')
+
+
 def show_views(args):
+    may_write(args.show_views, 'a PNG', lambda: Path(args.show_views).read_bytes().startswith(b'\x89PNG'))
     ds = stages.load(args)
     stages.write_views(Path(args.show_views), data.to_float(ds.x_train[:16]), stages.views_of(args), args.seed)
     print(f'wrote {args.show_views}: originals above two views of each')

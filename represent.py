@@ -1,4 +1,5 @@
 """The recipe of the methods that learn a representation: from pictures alone, then every measure of it."""
+import math
 import time
 from functools import partial
 
@@ -12,6 +13,12 @@ import nets
 import report
 import stages
 import train
+
+
+def check(args, ds):
+    """ValueError for more principal components than there can be."""
+    if args.method == 'pca' and args.latent > math.prod(ds.shape):
+        raise ValueError(f'--latent {args.latent} is more than the {math.prod(ds.shape)} numbers of a picture')
 
 
 def represent(run, args, ds, device, trial=None):

@@ -10,6 +10,7 @@ import distributed
 import report
 import runs
 import stages
+import train
 
 
 def settings(ranges, n, seed):
@@ -86,17 +87,26 @@ def search(args, typed, run):
     for i, setting in enumerate(settings(args.over, args.search, args.seed)):
         name = f'{args.name}-{i:02}'
         own = argparse.Namespace(**{**base, **setting, 'name': name})
-        trial = Trial(Path('runs') / name, [t['curve'] for t in trials], by_loss)
-        run(own, {**plain, **setting}, trial)
-        curve = trial.curve
-        trials.append({'name': name, 'setting': setting, 'curve': curve,         # by --patience too it may end early
-                       'stopped': len(curve) < getattr(own, 'epochs', 0) and hopeless(curve, trial.others)})
+        trial = Trial(Path('runs') / name, [t['curve'] for t in trials if t['end'] != 'diverged'], by_loss)
+        try:
+            run(own, {**plain, **setting}, trial)
+            curve, end = trial.curve, ''
+            if len(curve) < getattr(own, 'epochs', 0) and hopeless(curve, trial.others):   # not ended by --patience
+                end = 'stopped'
+        except train.Diverged as e:
+            if distributed.world() > 1:                                    # the others may have seen nothing of it
+                raise
+            print(e)
+            curve, end = [*trial.curve, -math.inf], 'diverged'
+        trials.append({'name': name, 'setting': setting, 'curve': curve, 'end': end})
         print(f'{name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in setting.items())
-              + f': score {curve[-1]:.4f}' + (f', stopped after epoch {len(curve)}' if trials[-1]['stopped'] else ''))
-    ranked = sorted(trials, key=lambda t: (t['stopped'], -t['curve'][-1]))
+              + f': score {curve[-1]:.4f}' + (f', {end} after epoch {len(curve)}' if end else ''))
+    ranked = sorted(trials, key=lambda t: (t['end'] != '', -t['curve'][-1]))
+    if ranked[0]['end'] == 'diverged':
+        raise ValueError('the training of every setting has diverged; try a lower --lr')
     print(report.table([['trial', *ranked[0]['setting'], 'score', 'epochs', '']] + [
         [t['name'], *(f'{v:.4g}' for v in t['setting'].values()), f'{t["curve"][-1]:.4f}', str(len(t['curve'])),
-         'stopped' * t['stopped']] for t in ranked]))
+         t['end']] for t in ranked]))
     words = [runs.flag(k, v) for k, v in {**plain, **ranked[0]['setting']}.items()
              if k not in ('resume', 'overwrite', 'method', 'name')]
     print('best: python ssl.py --method', args.method, *words)

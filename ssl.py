@@ -9,6 +9,7 @@ if __name__ == 'ssl':   # imported, not run: torch, urllib and pip mean the stan
 else:
     import argparse
     import difflib
+    import errno
     import os
     import sys
     from pathlib import Path
@@ -346,7 +347,8 @@ else:
             if key == 'labels' and high >= 1:                                # a number of them, not a share
                 low, high = round(low), round(high)
             if key in typed or not low < high:
-                parser.error(f'{over} ' + ('is also given as a flag' if key in typed else 'wants the lower end first'))
+                parser.error(f'{over} ' + ('is also given as a flag' if key in typed else
+                                           'wants a lower end and a higher one'))
             typed['over'][i] = key, low, high
         least = [typed.get('epochs', 1), *(low for key, low, _ in typed.get('over', ()) if key == 'epochs')]
         if 'search' in typed and min(least) < 1:
@@ -357,7 +359,7 @@ else:
             parser.error(f'--method classify starts from one --encoder, not {len(typed["encoder"])}')
         if len(typed.get('encoder', ())) == 1 and method in ('classify', 'query'):
             typed['encoder'] = typed['encoder'][0]
-        if ('neighbours' in typed and method in ('query', 'simclr') and 'resume' not in typed
+        if ('neighbours' in {*typed, *ranged} and method in ('query', 'simclr') and 'resume' not in typed
                 and not isinstance(typed.get('encoder'), list)):
             parser.error(f'--neighbours of --method {method} are those in the features of '
                          f'{"a second" if method == "query" else "an"} --encoder; name one')
@@ -368,10 +370,20 @@ else:
 
 # --------------------------------------------------------------------------------------- commands
 
+    def told(e, again):
+        """An error as a sentence; one of the system's with its file, a full disk with what to do."""
+        if not isinstance(e, OSError) or e.strerror is None:
+            return e
+        if e.errno == errno.ENOSPC:
+            return f'no space left on the disk; make some. {again}'.strip()
+        return f'{e.filename}: {e.strerror}' if e.filename else e.strerror
+
     def main(argv=None):
+        again = ''
         sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))   # noqa: SIM115
         try:
             given = parse(argv)
+            again = 'Type the same command with --resume to continue.' if 'method' in given[1] else ''
             import recipes                                 # torch comes with it: only once the arguments are right
             code = recipes.main(*given)
             sys.stdout.flush()
@@ -380,10 +392,10 @@ else:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)   # the reader (head, less) left: no traceback at exit
             return 141
         except (ValueError, OSError) as e:
-            print(f'ssl.py: {e}', file=sys.stderr)
+            print(f'ssl.py: {told(e, again)}', file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print('\nstopped. Type the same command with --resume to continue.', file=sys.stderr)
+            print(f'\nstopped. {again}'.rstrip(), file=sys.stderr)
             return 130
 
     if __name__ == '__main__':

@@ -124,9 +124,17 @@ def look_around(folders, device, x=None, means=None):
             means)
 
 
+def read_finished(folder):
+    """config.json of a finished run; ValueError if it is none."""
+    config = runs.read_config(folder)
+    if not (Path(folder) / 'metrics.json').exists():
+        raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
+    return config
+
+
 def read_encoder(folder, shape):
     """The part of a run's config.json that says what its encoder is; ValueError if it can't be begun with."""
-    config = runs.read_config(folder)
+    config = read_finished(folder)
     if tuple(config['data']['shape']) != tuple(shape):
         raise ValueError(f'--encoder {folder} was trained on pictures {tuple(config["data"]["shape"])}, '
                          f'and the data has {tuple(shape)}')
@@ -157,7 +165,7 @@ def load_weights(model, folder):
     """The model with the weights of the folder's newest whole checkpoint."""
     state = runs.newest_checkpoint(folder)
     if state is None:
-        raise ValueError(f'{folder} has no checkpoint yet; train it first')
+        raise ValueError(f'{folder} has no checkpoint; train it again with --overwrite')
     try:
         model.load_state_dict(state['model'])
     except (KeyError, RuntimeError, AttributeError, TypeError):
@@ -165,9 +173,16 @@ def load_weights(model, folder):
     return model
 
 
+def weights_digest(folder):
+    """SHA-256 of the trained weights of a run folder; '' if it has none."""
+    runs.read_config(folder)                                               # else it is no run folder
+    state = runs.newest_checkpoint(folder)
+    return runs.state_digest(state['model']) if state and 'model' in state else ''
+
+
 def reopen(folder, device):
     """(config, args, model or None, device) of a finished run."""
-    config = runs.read_config(folder)
+    config = read_finished(folder)
     args = argparse.Namespace(**config['args'])
     determine(args)
     device = pick_device(device)

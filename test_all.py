@@ -2836,6 +2836,63 @@ def test_a_run_resumed_without_its_encoder_typed_again_is_the_same_network():
         assert run('--evaluate', 'runs/classify', cwd=cwd)[0] == 0
 
 
+def test_what_needs_a_finished_run_takes_no_other_and_none_overwrites_its_own_encoder():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        for method in 'simclr', 'classify':
+            shutil.copytree(finished(method), cwd / 'runs' / method)
+            before = drawn(cwd / 'runs' / method), weights(cwd / 'runs' / method)
+            flags = [w for w in tiny(method) if w not in ('--width', 0.1)]
+            refused(*flags, '--encoder', f'runs/{method}', '--overwrite', cwd=cwd, said=['an --encoder of this run'])
+            assert before[0] == drawn(cwd / 'runs' / method)
+            assert runs.state_digest(before[1]) == runs.state_digest(weights(cwd / 'runs' / method))
+            (cwd / 'runs' / method / 'metrics.json').unlink()
+        for words in (['--export', 'runs/simclr', 'out.npz'], ['--predict', 'runs/classify', 'tiny.npz'],
+                      ['--method', 'scan', '--encoder', 'runs/simclr', '--data', 'tiny.npz']):
+            refused(*words, cwd=cwd, said=['is not finished', '--resume'])
+        refused(*tiny('pca'), '--latent', 121, cwd=cwd, said=['--latent 121', '120'])
+        refused(*tiny('query'), '--oracle', 'file', '--answers', '.', cwd=cwd, said=['--answers . is a folder'])
+        assert {p.name for p in (cwd / 'runs').iterdir()} == {'simclr', 'classify'} and not (cwd / 'out.npz').exists()
+
+
+def test_no_file_is_replaced_but_an_earlier_one_of_the_same_kind():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        before = (cwd / 'tiny.npz').read_bytes()
+        for words in ['--export', finished('ae')], ['--show-views']:
+            for path, said in (('tiny.npz', 'it is kept'), ('none/x', 'no folder none'), ('.', 'a folder'),
+                               (os.devnull, 'it is kept')):
+                refused(*words, path, *['--data', 'tiny.npz'] * (words == ['--show-views']), cwd=cwd, said=[said])
+        assert (cwd / 'tiny.npz').read_bytes() == before
+        for _ in range(2):
+            assert run('--export', finished('ae'), 'out', cwd=cwd)[0] == 0
+            assert run('--show-views', 'v.png', '--data', 'tiny.npz', cwd=cwd)[0] == 0
+
+
+def test_closing_epochs_may_be_more_than_those_of_an_iteration():
+    for method in 'cluster', 'scan':
+        name = f'long-{method}'
+        code, out, err = run(*tiny(method), '--closing', 3, '--name', name)
+        assert code == 0 and not err, err
+        epochs = [row['epoch'] for row in logged(home() / 'runs' / name) if 'loss' in row]
+        assert epochs == [1, 2, 3, 4, 5] and len(list((home() / 'runs' / name).glob('iteration-*.pt'))) == 3
+
+
+def test_training_that_diverges_is_told_and_ranks_last_in_a_search():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        refused(*tiny('simclr'), '--lr', 1e9, cwd=cwd, said=['not finite', 'lower --lr'])
+        h = torch.full((20, 4), float('inf'))
+        with mock.patch.object(nets.SimCLR, 'encode', lambda _, x: h[:len(x)]):
+            refused(*tiny('simclr'), '--name', 'h', cwd=cwd, said=['a feature', 'not finite at epoch 1', 'lower --lr'])
+        refused(*tiny('ae'), '--lr', 1e9, cwd=cwd, said=['diverged', 'lower --lr'])
+        code, out, err = run(*tiny('classify'), '--search', 2, '--over', 'lr=1e-3:1e9', cwd=cwd)
+        assert code == 0 and not err and 'not finite' in out, (out, err)
+        table = [line.split() for line in out.splitlines()[-3:-1]]
+        assert [len(row) for row in table] == [4, 5] and table[1][2::2] == ['-inf', 'diverged'], table
+        refused(*tiny('classify'), '--search', 2, '--over', 'lr=9e8:1e9', '--name', 'all', cwd=cwd, said=['every'])
+
+
 def test_the_length_of_an_iteration_is_one_epoch_or_more_and_kept():
     for method in 'cluster', 'scan':
         refused(*tiny(method), '--epochs', 0, '--name', 'none', said=['--epochs', '--iterations 0'])
@@ -2881,6 +2938,9 @@ def test_a_query_with_a_second_encoder_learns_the_same_and_hears_neighbours_when
         assert (mine['label'][ids] == y.numpy()).all() and (mine['confidence'] != other['confidence']).any()
         before = measured(there)
         assert run('--evaluate', there, cwd=cwd)[0] == 0 and measured(there) == before
+        heard = runs.load_checkpoint(there / 'neighbours.pt')
+        runs.write_state(there / 'neighbours.pt', {**heard, 'encoders': ['of other weights']})
+        refused('--predict', there, 'test.npz', cwd=cwd, said=[finished('conv'), 'trained anew', '--evaluate'])
         (there / 'neighbours.pt').unlink()
         refused('--predict', there, 'test.npz', cwd=cwd, said=['neighbours.pt', '--evaluate'])
         refused(*tiny('query'), '--neighbours', 4, cwd=cwd, said=['--neighbours', 'second --encoder'])
@@ -3176,7 +3236,10 @@ def test_what_may_not_change_on_resume_is_named():
         refused(*flags, '--deterministic', cwd=cwd, said=['with --no-deterministic, not --deterministic'])
         shutil.copy(cwd / 'other.npz', cwd / 'tiny.npz')
         refused(*flags, cwd=cwd, said=['other data'])
+        refused('--evaluate', 'runs/vae', cwd=cwd, said=['not finished'])
+        (cwd / 'runs' / 'vae' / 'metrics.json').write_text('{}')
         refused('--evaluate', 'runs/vae', cwd=cwd, said=['other data'])
+        (cwd / 'runs' / 'vae' / 'metrics.json').unlink()
         write_npz(cwd / 'tiny.npz')
         assert runs.state_digest(weights(cwd / 'runs' / 'vae')) == runs.state_digest(before)
         code, _, err = run(*flags, '--epochs', 3, '--save-every', 5, '--device', 'cpu', cwd=cwd)      # these may

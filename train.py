@@ -21,6 +21,10 @@ import losses
 from runs import Progress, clock
 
 
+class Diverged(ValueError):
+    """The loss, a weight or a feature is not finite."""
+
+
 class Stopped(Exception):
     """Training was asked to stop by a signal, after it saved a checkpoint."""
 
@@ -227,7 +231,7 @@ def fit(model, objective, x, run, *, y=None, check=None, epochs, batch_size, lr,
 
     def save():
         if not all(v.isfinite().all() for v in model.state_dict().values()):   # a gradient overflowed
-            raise ValueError(_not_finite('a weight', state, rate(), run))
+            raise Diverged(_not_finite('a weight', state, rate(), run))
         state['seconds'] = time.monotonic() - began
         run.save({**state, 'model': model.state_dict(), 'optimizer': opt.state_dict()})
 
@@ -265,7 +269,7 @@ def fit(model, objective, x, run, *, y=None, check=None, epochs, batch_size, lr,
                 state['total'] += loss.detach()
                 if x.device.type == 'cpu' or step % 50 == 0 or step + 1 == steps:   # elsewhere each costs a sync
                     if not state['total'].isfinite():
-                        raise ValueError(_not_finite('the loss', state, rate(), run))
+                        raise Diverged(_not_finite('the loss', state, rate(), run))
                 if progress.due():
                     progress.show(_live(state, epochs, steps, first, len(x), started))
                 if stop or time.monotonic() - saved_at > save_every:
@@ -278,6 +282,8 @@ def fit(model, objective, x, run, *, y=None, check=None, epochs, batch_size, lr,
                    **(check() if check else {}),
                    'images_per_s': round((steps - first) / steps * len(x) / (time.monotonic() - started), 1),
                    'seconds': round(time.monotonic() - began, 2)}
+            if math.isnan(row.get('rank', 0.0)):
+                raise Diverged(_not_finite('a feature of the validation pictures', state, rate(), run))
             state.update(epoch=epoch + 1, step=0, total=torch.zeros_like(state['total']), bad=state['bad'] + 1)
             if row.get('val_loss', row['loss']) < state['best'] - min_delta:
                 state.update(best=row.get('val_loss', row['loss']), bad=0)
