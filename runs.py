@@ -83,7 +83,8 @@ def read_json(path):
     try:
         value = _parse(Path(path).read_text('utf-8'))
     except ValueError as e:                            # bad UTF-8, bad JSON, an endless number, deep nesting
-        raise ValueError(f'{path} is not readable JSON ({e})') from None
+        again = "; its run's command with --resume writes it anew" if Path(path).name == 'metrics.json' else ''
+        raise ValueError(f'{path} is not readable JSON ({e}){again}') from None
     if not isinstance(value, dict):
         raise ValueError(f'{path} holds a {type(value).__name__}; wanted an object')
     return value

@@ -2723,6 +2723,7 @@ def test_who_answers_and_what_classes_are_called_is_checked_before_anything_star
                 (['--classes', 'a,b,a'], 'different'), (['--classes', ''], 'different'),
                 (['--data', 'bare.npz'], 'y_train'), ([*web, '--data', 'bare.npz'], '--classes cat,dog'),
                 ([*web, '--data', 'bare.npz', '--classes', 'one'], 'two classes'),
+                ([*web, '--data', 'bare.npz', '--classes', ','.join(f'c{k}' for k in range(300))], '300 classes'),
                 ([*web, '--search', 2, '--over', 'lr=1e-4:1e-2'], '--oracle web'),
                 ([*web, '--data', 'bare.npz', '--classes', ','.join(map(str, range(16)))], 'budget')):
             refused(*tiny('query'), *more, cwd=cwd, said=[said])
