@@ -109,8 +109,8 @@ def check_query(args, ds):
         raise ValueError(f'--oracle {args.oracle} works with one process only')
     most = len(ds.labelled() if args.oracle == 'data' else ds.x_train)
     if len(ds.classes) > most:
-        raise ValueError(f'the data names {len(ds.classes):,} classes, more than the {most:,} pictures that can be asked '
-                         'about')
+        raise ValueError(f'the data names {len(ds.classes):,} classes, more than the {most:,} pictures that can be '
+                         'asked about')
     if not len(ds.classes) <= args.budget <= most:
         raise ValueError(f'--budget {args.budget:,} is out of range; wanted from {len(ds.classes)}, the number of '
                          f'classes, to {most:,}, the number of pictures that can be asked about')
