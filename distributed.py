@@ -13,11 +13,12 @@ import torch.nn as nn
 
 def start(device):
     """Join the processes that torchrun started; returns this one's device."""
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized():
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         if device.type == 'cuda':
             device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
             torch.cuda.set_device(device)
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        if not dist.is_initialized():                                        # once: a search makes many runs
+            dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     return device
 
 

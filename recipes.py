@@ -54,6 +54,7 @@ def main(args, typed, defaults):
                     if k in ('data', 'encoder') else v for k, v in typed.items()
                     if k not in runs.FREE | {'method', 'over'} and v != defaults.get(k)})
             search.search(args, typed, run_method) if 'search' in typed else run_method(args, typed)
+            distributed.stop()
     except train.Stopped as e:
         print(f'{e}; saved. Type the same command with --resume to continue.')
         return 130
@@ -106,7 +107,6 @@ def run_method(args, typed, trial=None):
         except ValueError:
             run.withdraw()
             raise
-    distributed.stop()
 
 
 # what to do for a method, how to measure it again, and what its flags must not ask of the data

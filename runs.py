@@ -139,7 +139,7 @@ def _answered(path):
         return False
     try:
         with closing(sqlite3.connect(path)) as db:
-            return bool(db.execute('SELECT count(label) FROM queries').fetchone()[0])
+            return bool(db.execute('SELECT count(time) FROM queries').fetchone()[0])
     except sqlite3.OperationalError as e:
         return 'no such table' not in str(e)
     except sqlite3.Error:

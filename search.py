@@ -67,6 +67,9 @@ class Trial:
 
 def search(args, typed, run):
     """Try --search settings from the ranges --over, each as a run of its own, and print them, the best first."""
+    stages.determine(args)
+    distributed.start(stages.pick_device(args.device))
+    say = print if distributed.rank() == 0 else lambda *_: None
     shapes_loss = {'tau', 'crop', 'rotate', 'jitter', 'grey', 'blur', 'cutout', 'noise', 'beta'}
     by_loss = args.method in ('ae', 'conv', 'vae') and not shapes_loss & {key for key, *_ in args.over}
     by_knn = not by_loss and args.method not in ('classify', 'query')
@@ -78,7 +81,7 @@ def search(args, typed, run):
     if by_knn and stages.load(args).y_train is None:
         raise ValueError('the losses of these settings can not be compared with each other, and the data has no labels '
                          'to judge by')
-    print(f'{args.search} settings, scored by '
+    say(f'{args.search} settings, scored by '
           + ('the validation loss' if by_loss else 'kNN on the validation pictures, for which all labels are looked at'
              if by_knn else {'classify': 'the accuracy on a fifth of the labels paid for',
                              'query': 'the accuracy estimated from the answers'}[args.method]))
@@ -96,17 +99,17 @@ def search(args, typed, run):
         except train.Diverged as e:
             if distributed.world() > 1:                                    # the others may have seen nothing of it
                 raise
-            print(e)
-            curve, end = [*trial.curve, -math.inf], 'diverged'
+            say(e)
+            curve, end = [*trial.curve[:-1], -math.inf], 'diverged'
         trials.append({'name': name, 'setting': setting, 'curve': curve, 'end': end})
-        print(f'{name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in setting.items())
+        say(f'{name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in setting.items())
               + f': score {curve[-1]:.4f}' + (f', {end} after epoch {len(curve)}' if end else ''))
     ranked = sorted(trials, key=lambda t: (t['end'] != '', -t['curve'][-1]))
     if ranked[0]['end'] == 'diverged':
         raise ValueError('the training of every setting has diverged; try a lower --lr')
-    print(report.table([['trial', *ranked[0]['setting'], 'score', 'epochs', '']] + [
+    say(report.table([['trial', *ranked[0]['setting'], 'score', 'epochs', '']] + [
         [t['name'], *(f'{v:.4g}' for v in t['setting'].values()), f'{t["curve"][-1]:.4f}', str(len(t['curve'])),
          t['end']] for t in ranked]))
     words = [runs.flag(k, v) for k, v in {**plain, **ranked[0]['setting']}.items()
              if k not in ('resume', 'overwrite', 'method', 'name')]
-    print('best: python ssl.py --method', args.method, *words)
+    say('best: python ssl.py --method', args.method, *words)

@@ -344,7 +344,7 @@ else:
                 low, high = map(types[key], ends)
             except argparse.ArgumentTypeError as e:
                 parser.error(f'{over}: {e}')
-            if key == 'labels' and high >= 1:                                # a number of them, not a share
+            if key == 'labels' and low >= 1:                                # a number of them, not a share
                 low, high = round(low), round(high)
             if key in typed or not low < high:
                 parser.error(f'{over} ' + ('is also given as a flag' if key in typed else

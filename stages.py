@@ -103,7 +103,11 @@ def beginning(run, args, device):
         trained = nets.encoder_of(before).state_dict()
         for part in model.modules():                                   # a mean teacher holds two
             if isinstance(part, nets.Classifier):
-                part.encoder.load_state_dict(trained)
+                try:
+                    part.encoder.load_state_dict(trained)
+                except RuntimeError:
+                    raise ValueError(f'{folder} was trained anew, with another network, since {run.folder} began; '
+                                     '--overwrite starts this one again') from None
     return model
 
 
@@ -174,10 +178,8 @@ def load_weights(model, folder):
 
 
 def weights_digest(folder):
-    """SHA-256 of the trained weights of a run folder; '' if it has none."""
-    runs.read_config(folder)                                               # else it is no run folder
-    state = runs.newest_checkpoint(folder)
-    return runs.state_digest(state['model']) if state and 'model' in state else ''
+    """SHA-256 of the weights of a run folder, as trained."""
+    return runs.state_digest(load_model(Path(folder), runs.read_config(folder), torch.device('cpu')).state_dict())
 
 
 def reopen(folder, device):

@@ -2788,6 +2788,30 @@ def test_pooled_experts_are_their_normalised_geometric_mean():
         assert close(both, np.array(wanted) / sum(wanted)) and min(both) > 0
 
 
+def test_two_processes_search_as_one_group_from_the_first_trial_to_the_last():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        words = tiny('query', '--search', 2, '--over', 'lr=1e-4:1e-3', '--device', 'cpu')
+        process = python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, HERE / 'ssl.py', *words,
+                         cwd=cwd)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        assert out.count('query-00: lr') == out.count('query-01: lr') == out.count('best: ') == 1, out
+
+
+def test_a_second_encoder_without_training_is_known_by_its_weights():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz')
+        assert run(*tiny('random'), cwd=cwd)[0] == 0
+        before = stages.weights_digest(cwd / 'runs/random')
+        assert run(*tiny('random'), '--overwrite', cwd=cwd)[0] == 0
+        assert stages.weights_digest(cwd / 'runs/random') == before
+        assert run(*tiny('random'), '--seed', 1, '--overwrite', cwd=cwd)[0] == 0
+        assert stages.weights_digest(cwd / 'runs/random') != before
+        with raises(ValueError, 'no config.json'):
+            stages.weights_digest(cwd / 'runs/none')
+
+
 def test_an_estimate_is_that_of_the_first_process_in_all():
     asking = querying.Asking.__new__(querying.Asking)                     # as in the others: without a database
     with mock.patch.multiple(distributed, rank=lambda: 1, from_first=lambda mine: 0.75):
@@ -2814,6 +2838,10 @@ def test_what_is_given_up_by_overwrite_is_answers_only_once_and_nothing_after_a_
             assert code == 130 and 'labels missing' in out
             assert (there / 'labels.previous.sqlite').read_bytes() == answers
         (there / 'labels.sqlite').write_bytes(b'')                        # killed before its first table
+        skips = labels.LabelDatabase(cwd / 'skips.sqlite', None, 9, 'abc')
+        skips.ask([1])
+        assert not runs._answered(cwd / 'skips.sqlite') and skips.answer(1, None, 0)
+        assert runs._answered(cwd / 'skips.sqlite')                       # that it can't be told is an answer too
         (there / 'samples.png').write_bytes(b'of another run')
         assert run(*tiny('ae'), '--name', 'query', '--overwrite', cwd=cwd)[0] == 0
         assert (there / 'labels.previous.sqlite').read_bytes() == answers and not (there / 'labels.sqlite').exists()
@@ -2835,6 +2863,9 @@ def test_a_run_resumed_without_its_encoder_typed_again_is_the_same_network():
         assert code == 0 and 'already finished' in out, err
         assert runs.read_config(cwd / 'runs/classify')['encoder'] == before
         assert run('--evaluate', 'runs/classify', cwd=cwd)[0] == 0
+        assert run(*encoder, '--width', 0.2, '--overwrite', cwd=cwd)[0] == 0
+        (cwd / 'runs/classify/metrics.json').unlink()
+        refused(*flags, '--encoder', 'runs/narrow', '--resume', cwd=cwd, said=['runs/narrow was trained anew'])
 
 
 def test_what_needs_a_finished_run_takes_no_other_and_none_overwrites_its_own_encoder():
