@@ -82,9 +82,9 @@ def search(args, typed, run):
         raise ValueError('the losses of these settings can not be compared with each other, and the data has no labels '
                          'to judge by')
     say(f'{args.search} settings, scored by '
-          + ('the validation loss' if by_loss else 'kNN on the validation pictures, for which all labels are looked at'
-             if by_knn else {'classify': 'the accuracy on a fifth of the labels paid for',
-                             'query': 'the accuracy estimated from the answers'}[args.method]))
+        + ('the validation loss' if by_loss else 'kNN on the validation pictures, for which all labels are looked at'
+           if by_knn else {'classify': 'the accuracy on a fifth of the labels paid for',
+                           'query': 'the accuracy estimated from the answers'}[args.method]))
     base, plain = ({k: v for k, v in of.items() if k not in ('search', 'over')} for of in (vars(args), typed))
     trials = []
     for i, setting in enumerate(settings(args.over, args.search, args.seed)):
@@ -103,7 +103,7 @@ def search(args, typed, run):
             curve, end = [*trial.curve[:-1], -math.inf], 'diverged'
         trials.append({'name': name, 'setting': setting, 'curve': curve, 'end': end})
         say(f'{name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in setting.items())
-              + f': score {curve[-1]:.4f}' + (f', {end} after epoch {len(curve)}' if end else ''))
+            + f': score {curve[-1]:.4f}' + (f', {end} after epoch {len(curve)}' if end else ''))
     ranked = sorted(trials, key=lambda t: (t['end'] != '', -t['curve'][-1]))
     if ranked[0]['end'] == 'diverged':
         raise ValueError('the training of every setting has diverged; try a lower --lr')
