@@ -17,7 +17,6 @@ import stages
 
 def find_clusters(run, args, ds, device):
     """--method cluster and scan: pseudo-labels from the pictures alone, a network trained on them, better ones."""
-    check(args, ds)
     _, h, _ = stages.look_around(args.encoder, device, ds.x_train)
     near = cluster.neighbours(h, min(args.neighbours, len(h) - 1))
     model = stages.beginning(run, args, device)

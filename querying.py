@@ -79,7 +79,7 @@ def pick(args, ds, model, n, device):
 def query(run, args, ds, device, trial=None):
     """From no label at all: ask for a few, learn from them and from all other pictures, ask for those that then
     say most, until the budget is spent or the accuracy reached; then close, and score on the test set."""
-    check_query(args, ds)
+    check_query(args, ds)                                              # also of a resumed run: with other processes
     model = stages.beginning(run, args, device)
     asking = Asking(run, args, ds, model, device)
     objective = partial(stages.objective_of(args), labelled=lambda: asking.labelled)

@@ -169,11 +169,11 @@ class Run:
             shutil.rmtree(self.folder / 'tensorboard', ignore_errors=True)
             aside = _answered(self.folder / 'labels.sqlite')                 # a person may have worked for hours on it
             for end in ('.sqlite', '.sqlite-journal'):
-                if aside:
-                    (self.folder / f'labels.previous{end}').unlink(missing_ok=True)
-                if aside and (self.folder / f'labels{end}').exists():
-                    os.replace(self.folder / f'labels{end}', self.folder / f'labels.previous{end}')
-                (self.folder / f'labels{end}').unlink(missing_ok=True)
+                now, before = self.folder / f'labels{end}', self.folder / f'labels.previous{end}'
+                if aside and now.exists():
+                    os.replace(now, before)
+                else:
+                    (before if aside else now).unlink(missing_ok=True)
         self.config = config
         write_json(self.folder / 'config.json', {**config, 'sha256': _sha256(config)})
 
