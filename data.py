@@ -337,7 +337,7 @@ class Pictures:
                 rows = coming.pop().result()
                 if after:
                     coming.append(reader.submit(self._gather, after[2]))
-                yield step, ids, rows.to(self.device, non_blocking=True)
+                yield step, ids, rows.to(self.device, non_blocking=self.device.type == 'cuda')
 
     def at(self, ids):
         """Pictures `ids` (on the device, counted as in `read`) on the device."""
@@ -354,15 +354,20 @@ def most_bytes():
     return min(MAX_BYTES, free_memory(torch.device('cpu'))) if known else MAX_BYTES
 
 
-def free_memory(device):
-    """Free bytes of a CUDA card, else those of the RAM, where Linux tells them; elsewhere a modest guess."""
+def free_memory(device, limit='/sys/fs/cgroup/memory.max'):
+    """Free bytes of a CUDA card, else those of the RAM, where Linux tells them, and no more than a container's limit
+    (cgroup v2); elsewhere a modest guess."""
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device.index)[0]          # of the current card without one
     try:
         with open('/proc/meminfo') as f:
-            return next(int(line.split()[1]) << 10 for line in f if line.startswith('MemAvailable:'))
+            free = next(int(line.split()[1]) << 10 for line in f if line.startswith('MemAvailable:'))
     except (OSError, StopIteration):
         return 8 << 30
+    try:
+        return min(free, int(Path(limit).read_text()))
+    except (OSError, ValueError):                                # no cgroup, or 'max': no limit
+        return free
 
 
 def to_float(x):

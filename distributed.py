@@ -6,19 +6,34 @@ W processes with B / W pictures each make the step that one makes with B. Batch 
 all processes together, so a run can be resumed with another number of them.
 """
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+PATIENCE = timedelta(days=7)     # for rank 0, which measures alone; torchrun ends the others when one has failed
+
+
+def many():
+    """Did torchrun start several processes?"""
+    return int(os.environ.get('WORLD_SIZE', 1)) > 1
+
+
+def own(device):
+    """The device of this process: under torchrun, of the CUDA cards of its machine the one with its number."""
+    return torch.device('cuda', int(os.environ['LOCAL_RANK'])) if many() and device.type == 'cuda' else device
+
+
 def start(device):
-    """Join the processes that torchrun started; returns this one's device."""
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+    """Join the processes that torchrun started, with this one's device; returns that."""
+    if many():
+        if device.type == 'mps':
+            raise ValueError('several processes work on CUDA cards or on CPUs; add --device cpu')
         if device.type == 'cuda':
-            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
             torch.cuda.set_device(device)
         if not dist.is_initialized():                                        # once: a search makes many runs
-            dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+            dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=PATIENCE)
     return device
 
 
@@ -81,13 +96,16 @@ def mean(value):
     return value
 
 
-def average_gradients(model):
-    """Replace every gradient by its mean over the processes, in one message."""
+def average_gradients(model, loss):
+    """Replace every gradient by its mean over the processes; returns that of the loss, sent in the same message."""
+    loss = loss.detach()
     if world() > 1:
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = mean(torch.cat([g.flatten() for g in grads]))
-        for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+        flat = mean(torch.cat([loss.view(1), *(g.flatten() for g in grads)]))
+        loss, *parts = flat.split([1, *(g.numel() for g in grads)])
+        for g, part in zip(grads, parts):
             g.copy_(part.view_as(g))
+    return loss.view(())
 
 
 def sync_batchnorm(model):
@@ -102,7 +120,8 @@ def sync_batchnorm(model):
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm whose mean and variance are those of all processes' rows, with gradients through both.
 
-    torch's own runs on CUDA only. Statistics are float32, as sums of x and x^2.
+    torch's own runs on CUDA only. Each process has equally many rows, so that means are those of means; the variance is
+    the mean of the variances and that between the means, which keeps its digits far from 0. Statistics are float32.
     """
 
     def _check_input_dim(self, x):
@@ -111,14 +130,14 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        dims, v = [d for d in range(x.ndim) if d != 1], x.float()
+        dims, shape, v = [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2), x.float()
         n = x.numel() // x.shape[1] * world()
-        mean, square = Sum.apply(torch.stack([v.sum(dims), v.square().sum(dims)])).div(n)
-        var = square - mean.square()
+        means, variances = gather(torch.stack([v.mean(dims), v.var(dims, correction=0)]).unsqueeze(0)).unbind(1)
+        mean = means.mean(0)
+        var = variances.mean(0) + (means - mean).square().mean(0)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        return (v * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+        return ((v - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(x.dtype)

@@ -7,6 +7,7 @@ round down and answer() each answer, so that a program killed in between goes on
 import sqlite3
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 
@@ -18,13 +19,16 @@ class LabelDatabase:
     """Labels of the training pictures behind a budget.
 
     oracle: function from a list of ids to their labels, asked only for ids that are paid for. digest: of
-    the data set, so that a database is never used with another one. ValueError, one sentence, when the
-    file is damaged, of other data, or a query goes beyond the budget. A row of `queries` is a question; without a
-    time it is open, with a time and no label it was skipped. `undone` keeps answers that were taken back.
+    the data set, so that a database is never used with another one. budget 0: to read what is there. ValueError, one
+    sentence, when the file is damaged, of other data, missing though it is to be read, or a query goes beyond the
+    budget. A row of `queries` is a question; without a time it is open, with a time and no label it was skipped.
+    `undone` keeps answers that were taken back.
     """
 
     def __init__(self, path, oracle, budget, digest, pictures=1 << 40, classes=1 << 40):
         self.path, self.oracle, self.budget = path, oracle, budget
+        if not budget and not Path(path).exists():                           # to be read alone
+            raise ValueError(f'{path} is missing: the labels that were paid for')
         try:
             self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self.db.execute('PRAGMA synchronous = FULL')                     # on disk before it is used
@@ -242,7 +246,8 @@ def estimate_accuracy(probs, agreed, surprises):
     A difference estimator (Saerndal et al. 1992, section 6.3): how often a guess is right is modelled as a logistic
     function of the log odds of its confidence and of whether the neighbours agreed, fitted on all answers; the
     mean of the model over all pictures is then corrected by its mean error on the audits, the pictures drawn at
-    random, so that it has no bias however wrong the model is. probs (N, K), agreed (N,), surprises (n, 4) as from
+    random, however wrong the model is: what bias is left comes of the older ones, which met networks that knew less, so
+    that it is on the low side. probs (N, K), agreed (N,), surprises (n, 4) as from
     LabelDatabase, the newest rounds'. None without audits.
     """
     audit, right = surprises[:, 2] > 0, surprises[:, 3].long()

@@ -12,6 +12,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+def layout(device):
+    """Memory format in which convolutions are fast on a device; on MPS, where torch's gradients of BatchNorm in
+    channels_last were wrong or failed (pytorch issue 175189), the plain one."""
+    return torch.contiguous_format if device.type == 'mps' else torch.channels_last
+
+
 def channels(base, width):
     """`base` channels scaled by `width`, in multiples of 8 as matrix units like them."""
     return max(8, round(base * width / 8) * 8)
@@ -121,7 +127,7 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential(body, *head)
 
     def forward(self, x):
-        return self.layers(x.contiguous(memory_format=torch.channels_last))
+        return self.layers(x.contiguous(memory_format=layout(x.device)))
 
 
 class FCDecoder(nn.Module):

@@ -147,6 +147,8 @@ class Asking:
         if distributed.rank() == 0:
             now, inside = divmod(epoch - 1, self.args.round_epochs)
             rounds = self.paid.rounds()
+            if epoch > 1 and not rounds:
+                raise ValueError(f'{self.paid.path} lost its labels, which --resume needs; --overwrite starts again')
             due = now not in rounds and all(asked for asked, _ in rounds.values())
             while inside == 0 and (due or self.paid.unanswered(now) or not self.paid.spent):
                 if not self.paid.unanswered(now):

@@ -26,6 +26,9 @@ import stages
 import train
 
 
+NO_MEMORY = ('out of memory', "can't allocate memory", 'not enough memory', 'bad_alloc')       # as torch says it
+
+
 def main(args, typed, defaults):
     """Do what the arguments ask for; returns the exit code. ValueError or OSError for what a user can mend."""
     try:
@@ -50,20 +53,21 @@ def main(args, typed, defaults):
         else:
             if args.name is None:
                 args.name = runs.default_name(args.method, {
-                    k: '+'.join(Path(f).stem for f in ([v] if isinstance(v, str) else v))
+                    k: '+'.join(Path(f).name.removesuffix('.npz') for f in ([v] if isinstance(v, str) else v))
                     if k in ('data', 'encoder') else v for k, v in typed.items()
-                    if k not in runs.FREE | {'method', 'over'} and v != defaults.get(k)})
+                    if k not in runs.free(defaults) | {'method', 'over'} and v != defaults.get(k)})
             search.search(args, typed, run_method) if 'search' in typed else run_method(args, typed)
             distributed.stop()
     except train.Stopped as e:
-        print(f'{e}; saved. Type the same command with --resume to continue.')
+        if distributed.rank() == 0:
+            print(f'{e}; saved. Type the same command with --resume to continue.')
         return 130
     except sqlite3.Error as e:
         raise OSError(f'the labels could not be read or written ({e}); --resume continues') from None
     except (RuntimeError, MemoryError) as e:
         if 'deterministic implementation' in str(e):
             raise ValueError(f'--deterministic can not be had: {str(e).split(". ")[0].split(", ")[0]}') from None
-        if isinstance(e, MemoryError) or 'memory' in str(e) or 'bad_alloc' in str(e):
+        if isinstance(e, MemoryError) or any(words in str(e) for words in NO_MEMORY):
             raise ValueError('out of memory; try a smaller --batch-size, --width or --limit') from None
         if distributed.world() > 1 and 'peer' in str(e):
             raise ValueError('another process of the group has ended; --resume continues from the last '
@@ -132,14 +136,14 @@ def export(folder, path, device):
     may_write(path, 'an earlier export', lambda: {'features', 'ids', 'split'} <= set(np.load(path).files))
     config, args, model, device = stages.reopen(folder, device)
     ds = stages.data_of(folder, config)
-    few = args.method in RECIPES
-    train_ids, val_ids = data.split(len(ds.x_train), args.val, args.seed)
-    encode = stages.representation(args, model, ds.x_train[train_ids] if args.method == 'pca' else None, device)[0]
-    split = np.full(len(ds.x_train), 'train', '<U10')
-    if not few:
+    few, split, x_fit = args.method in ('classify', 'query'), np.full(len(ds.x_train), 'train', '<U10'), None
+    if args.method not in RECIPES:                                         # the others learn from all pictures
+        train_ids, val_ids = data.split(len(ds.x_train), args.val, args.seed)
         split[val_ids] = 'validation'
+        x_fit = ds.x_train[train_ids] if args.method == 'pca' else None
+    encode = stages.representation(args, model, x_fit, device)[0]
     y = torch.full((len(ds.x_train),), -1) if few or ds.y_train is None else ds.y_train
-    if args.method in ('classify', 'query'):
+    if few:
         ids, paid = labels.LabelDatabase(folder / 'labels.sqlite', None, 0, *ds.key).revealed()
         y[ids] = paid
     parts = [(ds.x_train, y, split)]

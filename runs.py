@@ -35,7 +35,12 @@ except ImportError:                                    # Windows has no flock; t
 HERE = {'name', 'resume', 'overwrite', 'device', 'save_every', 'perplexity', 'tensorboard'}    # how it is run, not what
 CHECKPOINTS = ('checkpoint.new.pt', 'checkpoint.pt', 'checkpoint.previous.pt')      # newest first
 MAY_CHANGE = ('epochs', 'answers', 'device', 'save_every', 'perplexity', 'tensorboard')            # on resume
-FREE = HERE | set(MAY_CHANGE)
+
+
+def free(args):
+    """Names of the arguments that may change on resume, or tell how it is run, not what; args: the run's. The --epochs
+    of a clustering are the length of an iteration, and may not."""
+    return HERE | set(MAY_CHANGE) - ({'epochs'} if 'iterations' in args else set())
 
 
 def write_atomic(path, blob):
@@ -160,7 +165,9 @@ class Run:
             raise ValueError(f'{folder} exists; add --resume to continue it, --overwrite to start again, '
                              'or another --name')
         if exists and resume:
-            config = self._merge(read_config(self.folder), config, typed)
+            old = read_config(self.folder)
+            config = self._merge(old, config, typed)
+            config = old if self.finished else config                        # the versions and machine that made it
         else:
             for old in ('log.jsonl', 'metrics.json', 'predictions.csv', 'predictions.npz', 'wanted.csv', 'report.html',
                         '*.png', '*.svg', '*.pt'):
@@ -182,17 +189,19 @@ class Run:
             self._held = open(self.folder / '.lock', 'w')        # noqa: SIM115 - held as long as the process
             try:
                 fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise ValueError(f'{self.folder} is in use by another process; wait for it or stop it') from None
+            except OSError:                                                  # some shared folders know no locks
+                pass
 
     def _merge(self, old, new, typed):
         before = old['args']
-        free = FREE - ({'epochs'} if 'iterations' in before else set())      # there they are the length of an iteration
-        for key in sorted(set(typed) - free):
+        for key in sorted(set(typed) - free(before)):
             if before.get(key) != new['args'][key]:
+                may = ', '.join(flag(k, '').strip() for k in MAY_CHANGE if k in free(before))
                 raise ValueError(f'{self.folder} was started with {flag(key, before.get(key))}, not '
                                  f'{flag(key, new["args"][key])}, which can not change on --resume; use another --name '
-                                 f'({", ".join(flag(k, "").strip() for k in MAY_CHANGE if k in free)} may change)')
+                                 f'({may} may change)')
         if old['data']['digest'] != new['data']['digest']:
             raise ValueError(f'{self.folder} was started on other data (its digest differs); use another --name')
         kept = {k: v for k, v in before.items() if k not in typed and k not in HERE}
@@ -294,8 +303,10 @@ def locked(folder):
     with open(path) as f:
         try:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError:
+            pass
     return False
 
 

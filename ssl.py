@@ -24,6 +24,7 @@ else:
         'net': dict(ae='fc', conv='resnet', vae='resnet', simclr='resnet', random='resnet', **all_headed('resnet')),
         'width': dict(ae=1.0, conv=0.5, vae=0.5, simclr=1.0, random=1.0, **all_headed(1.0)),
         'latent': dict(ae=64, conv=64, vae=64, pca=64),
+        'val': dict.fromkeys(NETS + ('random', 'pixels', 'pca'), 5000),
         'epochs': dict(ae=5, conv=5, vae=5, simclr=7, classify=20, cluster=15, scan=2),
         'batch_size': dict(ae=128, conv=128, vae=128, simclr=512, **all_headed(256, classify=128)),
         'lr': dict(ae=1e-3, conv=2e-3, vae=2e-3, simclr=4e-3, **all_headed(1e-3)),
@@ -70,8 +71,8 @@ else:
         'blur': dict(simclr=0.0, **all_headed(0.0)),
         'cutout': dict(simclr=0.0, **all_headed(0.4, classify=0.3)),
     }
-    PLAIN = dict(data=None, dataset=None, limit=None, val=5000, name=None, resume=False, overwrite=False, device=None,
-                 seed=0, perplexity=30.0, tensorboard=False, deterministic=False)
+    PLAIN = dict(data=None, dataset=None, limit=None, name=None, resume=False, overwrite=False, device=None, seed=0,
+                 perplexity=30.0, tensorboard=False, deterministic=False)
     METHODS = {'ae': 'fully connected autoencoder', 'conv': 'convolutional residual autoencoder',
                'vae': 'variational autoencoder', 'simclr': 'contrastive learning',
                'classify': 'classifier from few labels', 'query': 'classifier that asks for its labels',
@@ -109,10 +110,10 @@ else:
         return parse
 
     def path(text):
-        """Type of a flag: anything but nothing."""
+        """Type of a flag: anything but nothing; runs/x/ is runs/x."""
         if not text:
             raise argparse.ArgumentTypeError('it is empty; wanted a path')
-        return text
+        return str(Path(text))
 
     def names(text):
         """Type of --classes: 'a,b,c', none empty or twice."""
@@ -187,12 +188,13 @@ else:
         flag(g, '--limit', 'use only the first N training pictures; those with labels come first',
              type=number(int, 20, 10**9), metavar='N')
         flag(g, '--val', 'training pictures kept for validation, a tenth of all at most', type=count, metavar='N')
-        flag(g, '--name', 'run folder under runs/ (default: the method and what differs from its defaults)')
+        flag(g, '--name', 'run folder under runs/ (default: the method and what differs from its defaults; --epochs '
+             'is in it for cluster and scan only)')
         flag(g, '--resume', 'continue an unfinished run to the same result; a finished one is left alone',
              action='store_true')
         flag(g, '--overwrite', 'start again in an existing run folder', action='store_true')
         flag(g, '--save-every', 'seconds between checkpoints', type=positive, metavar='S')
-        flag(g, '--device', 'cuda, cuda:1, mps or cpu (default: the best there is)', metavar='NAME')
+        flag(g, '--device', 'cuda, cuda:1, mps or cpu (default: cuda if there is a card, else cpu)', metavar='NAME')
         flag(g, '--seed', 'of weights, split, order, augmentation', type=number(int, 0, 2**31 - 1), metavar='N')
         flag(g, '--deterministic', 'only algorithms that give the same bits each time, on CUDA too; slower',
              action=argparse.BooleanOptionalAction)

@@ -38,11 +38,12 @@ def determine(args):
 
 
 def pick_device(name):
-    """torch.device for --device, or the best there is; ValueError if it can't be used."""
+    """torch.device for --device, or CUDA if there is a card, else the CPU; under torchrun each process gets a card of
+    its own. ValueError if it can't be used."""
     if name is None:
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
-        device = torch.device(name)
+        device = distributed.own(torch.device(name))
         torch.zeros(1, device=device)
     except Exception as e:                                             # torch raises many types here
         raise ValueError(f'--device {name} can not be used here ({str(e).split(chr(10))[0][:80]}); '
@@ -66,7 +67,7 @@ def network_of(config, device, each=16):
     if need > free:
         raise ValueError(f'out of memory: {nets.size(model):,} parameters need {need / 2**30:.0f} GiB, and '
                          f'{free / 2**30:.0f} are free; try a smaller --width or --latent')
-    return build(config).to(device, memory_format=torch.channels_last)
+    return build(config).to(device, memory_format=nets.layout(torch.device(device)))
 
 
 def build(config):
@@ -227,6 +228,9 @@ def train_model(run, args, model, objective, x, **more):
         where = f'{distributed.world()} x {x.device}' if distributed.world() > 1 else x.device
         print(f'{run.folder}: {args.method}, {nets.size(model):,} parameters on {where}'
               f'{" in bfloat16" if args.amp else ""}; {len(x):,} pictures {tuple(x.shape[1:])}', flush=True)
+    if len(x) // data.steps_per_epoch(len(x), args.batch_size) < distributed.world():
+        raise ValueError(f'--batch-size {args.batch_size} is less than a picture for each of the '
+                         f'{distributed.world()} processes')
     closing = args.closing if 'closing' in args else 0 if args.schedule == 'constant' else math.inf
     return train.fit(
         distributed.sync_batchnorm(model), objective, x, run, epochs=getattr(args, 'epochs', 0),

@@ -355,10 +355,10 @@ def test_help_shows_every_flag_with_its_default():
         assert ''.join((action.help % {}).split()) in text, dest
         per = cli.PER_METHOD.get(dest, {})
         default = getattr(plain, dest, None)
-        if dest in ('val', 'seed', 'perplexity'):
+        if dest in ('seed', 'perplexity'):
             assert f'(default: {default})' in action.help
         else:
-            assert dest in per or dest == 'method' or default in (None, False)
+            assert dest in cli.PER_METHOD or dest == 'method' or default in (None, False)
         for method, value in per.items():
             if value is not None:
                 assert getattr(cli.parse(['--method', method])[0], dest) == value
@@ -1759,9 +1759,8 @@ def two_steps():
             loss, _ = train.contrastive(model, x1[ids], None, 0.2)
         opt.zero_grad()
         loss.backward()
-        distributed.average_gradients(model)
+        seen.append(distributed.average_gradients(model, loss).item())
         opt.step()
-        seen.append(distributed.mean(loss.detach()).item())
     return seen, model.state_dict()
 if __name__ == '__main__':
     torch.set_num_threads(1)
@@ -1772,6 +1771,32 @@ if __name__ == '__main__':
     torch.distributed.barrier()                                           # written, whatever happens at exit
     distributed.stop()
 '''
+
+
+def test_batchnorm_across_processes_keeps_its_digits_far_from_zero():
+    for at, spread in (0, 1), (30, 0.01), (30, 0.001):
+        ours, theirs = (torch.nn.BatchNorm2d(3) for _ in range(2))
+        ours.__class__, x = distributed.SyncBatchNorm, at + spread * randn(6, 3, 4, 5)
+        halves = [x[:3].clone().requires_grad_(), x[3:].clone().requires_grad_()]
+        stats = [torch.stack([h.mean((0, 2, 3)), h.var((0, 2, 3), correction=0)]) for h in halves]
+        with mock.patch.object(distributed, 'world', lambda: 2), mock.patch.object(        # what the other one sent
+                distributed, 'gather', lambda z, stats=stats: torch.stack([z[0], stats[1]])):
+            found = ours(halves[0])
+        x.requires_grad_()
+        wanted, g = theirs(x), randn(3, 3, 4, 5, seed=1)
+        assert close(found, wanted[:3], 2e-3)
+        assert close(ours.running_mean, theirs.running_mean) and close(ours.running_var, theirs.running_var, 2e-3)
+        for a, b in zip(torch.autograd.grad(found, halves, g), torch.autograd.grad(wanted[:3], x, g)[0].split(3)):
+            assert close(a * spread, b * spread, 5e-3)
+
+
+def test_each_process_of_torchrun_takes_a_card_of_its_own():
+    cpu, cuda = torch.device('cpu'), torch.device('cuda')
+    assert distributed.own(cuda) == cuda and distributed.own(cpu) == cpu
+    with mock.patch.dict(os.environ, WORLD_SIZE='4', LOCAL_RANK='3'):
+        assert distributed.own(cuda) == torch.device('cuda:3') and distributed.own(cpu) == cpu
+        with raises(ValueError, '--device cpu'):
+            distributed.start(torch.device('mps'))
 
 
 def test_two_processes_with_half_a_batch_each_step_as_one_with_the_whole():
@@ -3193,6 +3218,17 @@ def test_names_clock_and_live_line():
     assert [runs.clock(s) for s in (5, 75, 4000)] == ['0:05', '1:15', '1:06:40']
 
 
+def test_a_default_name_holds_what_sets_runs_apart():
+    def named(*words):
+        with mock.patch.object(recipes, 'run_method') as started:
+            assert run('--method', *words)[0] == 0
+        return started.call_args[0][0].name
+    encoder = 'classify', '--encoder', 'runs/simclr-tau=0.5'
+    assert named(*encoder) == named(*encoder[:2], 'runs/simclr-tau=0.5/') != named(*encoder[:2], 'runs/simclr-tau=0.7')
+    assert named('ae', '--data', 'a/my.v2.npz') == 'ae-data=my.v2' and named('ae', '--data', 'a/v.1/') == 'ae-data=v.1'
+    assert named('simclr', '--epochs', 9) == 'simclr' and named('scan', '--epochs', 9) == 'scan-epochs=9'
+
+
 def test_long_work_tells_a_terminal_how_far_it_is_and_leaves_nothing_behind():
     x, seconds = rand(60, 4), itertools.count(0, 0.7)
     work = {'pictures': lambda: evaluate.in_chunks(lambda v: v, torch.zeros(60, 1, 8, 8, dtype=torch.uint8), size=5),
@@ -3219,10 +3255,10 @@ def test_long_work_tells_a_terminal_how_far_it_is_and_leaves_nothing_behind():
 
 def test_an_existing_run_is_not_overwritten_silently():
     done = finished('ae')
-    kept = lambda: {p.name: p.read_bytes() for p in done.iterdir() if p.name != 'config.json'}
+    kept = lambda: {p.name: p.read_bytes() for p in done.iterdir()}
     before = kept()
     refused(*tiny('ae'), said=['--resume', '--overwrite'])
-    code, out, _ = run(*tiny('ae'), '--resume')
+    code, out, _ = run(*tiny('ae'), '--resume', '--epochs', 9)             # it has not trained for so many
     assert code == 0 and 'already finished' in out and kept() == before
 
 
@@ -3590,6 +3626,32 @@ def test_too_little_memory_is_one_sentence_of_advice():
             with mock.patch.object(stages, 'objective_of', lambda args, e=e: mock.Mock(side_effect=e)):
                 said = ['out of memory; try a smaller --batch-size']
                 refused(*tiny('simclr'), '--name', len(str(e)), cwd=cwd, said=said)      # e holds its run and the lock
+        fault = RuntimeError('CUDA error: an illegal memory access was encountered')
+        with mock.patch.object(stages, 'objective_of', side_effect=fault), raises(RuntimeError, 'illegal'):
+            run(*tiny('ae'), cwd=cwd)                                      # what is no lack of memory is not called one
+
+
+def test_lost_labels_are_one_sentence():
+    for method in 'classify', 'query':
+        with folder() as cwd:
+            write_npz(cwd / 'tiny.npz')
+            assert run(*tiny(method), cwd=cwd)[0] == 0
+            there, lost = cwd / 'runs' / method, f'runs/{method}/labels.sqlite is missing'
+            (there / 'labels.sqlite').unlink()
+            for command in ['--evaluate', f'runs/{method}'], ['--export', f'runs/{method}', 'e.npz']:
+                refused(*command, cwd=cwd, said=[lost])
+            assert not (there / 'labels.sqlite').exists()
+            if method == 'query':
+                (there / 'metrics.json').unlink()
+                refused(*tiny(method), '--resume', cwd=cwd, said=['lost its labels', '--overwrite'])
+
+
+def test_a_folder_without_locks_can_be_used():
+    posix()
+    with folder() as cwd, mock.patch.object(runs.fcntl, 'flock', side_effect=OSError(errno.ENOSYS, 'no locks here')):
+        write_npz(cwd / 'tiny.npz')
+        assert run(*tiny('pixels'), cwd=cwd)[0] == 0
+        assert run('--list', cwd=cwd)[1].startswith('runs/pixels: finished')
 
 
 def test_a_folder_that_can_not_be_written_a_full_disk_and_no_network_are_one_sentence():
@@ -3985,6 +4047,26 @@ def test_bfloat16_is_the_default_only_where_it_is_faster():
             assert train.amp_by_default(cpu, f / 'cpuinfo') is wanted, flags
             assert not train.amp_by_default(torch.device('mps'), f / 'cpuinfo')
         assert not train.amp_by_default(cpu, f / 'none')                   # not Linux
+    for card, wanted in ((9, 0), True), ((8, 0), True), ((7, 5), False):   # a T4 emulates it
+        with mock.patch.object(torch.cuda, 'get_device_capability', lambda device, card=card: card):
+            assert train.amp_by_default(torch.device('cuda')) is wanted
+
+
+def test_a_macs_gpu_is_asked_for_by_name_and_gets_no_channels_last():
+    assert nets.layout(torch.device('mps')) == torch.contiguous_format     # torch's gradients there were wrong
+    assert nets.layout(torch.device('cuda:1')) == nets.layout(torch.device('cpu')) == torch.channels_last
+    with mock.patch.object(torch.backends.mps, 'is_available', lambda: True), \
+            mock.patch.object(torch.cuda, 'is_available', lambda: False):
+        assert stages.pick_device(None).type == 'cpu'
+
+
+def test_free_memory_heeds_a_containers_limit():
+    cpu = torch.device('cpu')
+    with folder() as f:
+        for text, wanted in ('4096', 4096), ('max', data.free_memory(cpu, f / 'none')), (str(1 << 60), None):
+            (f / 'memory.max').write_text(text)
+            found = data.free_memory(cpu, f / 'memory.max')
+            assert found == wanted if wanted == 4096 else 1 << 20 < found < 1 << 60
 
 
 def test_memory_of_a_step_is_kept_for_the_next():
@@ -4538,7 +4620,7 @@ def test_list_says_what_state_each_run_is_in():
 def test_export_holds_the_features_of_all_pictures_with_what_labels_are_known():
     ds = data.load(home() / 'tiny.npz')
     every = torch.cat([ds.x_train, ds.x_test])
-    for method in 'simclr', 'vae', 'pixels', 'pca', 'query':
+    for method in 'simclr', 'vae', 'pixels', 'pca', 'query', 'scan':
         code, out, err = run('--export', finished(method), 'e.npz')
         assert code == 0 and not err and 'e.npz' in out
         with np.load(home() / 'e.npz', allow_pickle=False) as z:
@@ -4556,10 +4638,10 @@ def test_export_holds_the_features_of_all_pictures_with_what_labels_are_known():
         if method == 'query':
             ids, y = labels.LabelDatabase(finished(method) / 'labels.sqlite', None, 0, ds.digest).revealed()
             assert (e['labels'][:120] >= 0).sum() == 15 and e['labels'][ids.numpy()].tolist() == y.tolist()
-            assert set(e['split'][:120]) == {'train'}
         else:
             assert e['labels'][:120].tolist() == ds.y_train.tolist()
-            assert np.flatnonzero(e['split'] == 'validation').tolist() == val_ids.tolist()
+        validation = [] if method in ('query', 'scan') else val_ids.tolist()   # these learn from all
+        assert np.flatnonzero(e['split'] == 'validation').tolist() == validation
         assert e['labels'][120:].tolist() == ds.y_test.tolist() and set(e['split'][120:]) == {'test'}
     refused('--export', 'runs/none', 'e.npz', said=['runs/none'])
     refused('--export', finished('simclr'), 'no/such/e.npz', said=['no/such'])

@@ -93,10 +93,10 @@ def consistency(model, x, g, labelled, views, threshold=0.95):
 # ------------------------------------------------------------------------------------- precision
 
 def amp_by_default(device, path='/proc/cpuinfo'):
-    """bfloat16 where networks train faster with it: CUDA cards that have it, CPUs with AMX; with AVX512-BF16 alone they
-    were slower."""
+    """bfloat16 where networks train faster with it: CUDA cards that have it and don't emulate it, CPUs with AMX; with
+    AVX512-BF16 alone they were slower."""
     if device.type == 'cuda':
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
         with open(path) as f:
             flags = f.read(1 << 14)
@@ -221,13 +221,12 @@ def fit(model, objective, x, run, *, y=None, check=None, epochs, batch_size, lr,
         return lr * lr_scale(done, epochs * steps, warmup * steps, closing * steps)
 
     def backward(batch, epoch, step):
-        """Loss of a batch; leaves its gradients in place. The same step draws the same views again."""
+        """Loss of a batch over all processes; leaves its gradients in place. A step draws the same views again."""
         with autocast(x.device, amp):
             loss, _ = objective(model, *batch, data.generator(x.device, seed, epoch, step, *own))
         opt.zero_grad(set_to_none=True)
         loss.backward()
-        distributed.average_gradients(model)
-        return loss
+        return distributed.average_gradients(model, loss)
 
     def save():
         if not all(v.isfinite().all() for v in model.state_dict().values()):   # a gradient overflowed
@@ -266,7 +265,7 @@ def fit(model, objective, x, run, *, y=None, check=None, epochs, batch_size, lr,
                 opt.step()
                 if after_step:
                     after_step()
-                state['total'] += loss.detach()
+                state['total'] += loss
                 if x.device.type == 'cpu' or step % 50 == 0 or step + 1 == steps:   # elsewhere each costs a sync
                     if not state['total'].isfinite():
                         raise Diverged(_not_finite('the loss', state, rate(), run))
@@ -278,10 +277,10 @@ def fit(model, objective, x, run, *, y=None, check=None, epochs, batch_size, lr,
                 if stop:
                     raise Stopped(f'stopped at epoch {epoch}, step {step + 1} of {steps}')
             progress.clear()
-            row = {'epoch': epoch, 'loss': distributed.mean(state['total']).item() / steps, 'lr': rate(),
-                   **(check() if check else {}),
+            row = {'epoch': epoch, 'loss': state['total'].item() / steps, 'lr': rate(), **(check() if check else {}),
                    'images_per_s': round((steps - first) / steps * len(x) / (time.monotonic() - started), 1),
                    'seconds': round(time.monotonic() - began, 2)}
+            row = distributed.from_first(row)                              # it decides about an early stop for all
             if math.isnan(row.get('rank', 0.0)):
                 raise Diverged(_not_finite('a feature of the validation pictures', state, rate(), run))
             state.update(epoch=epoch + 1, step=0, total=torch.zeros_like(state['total']), bad=state['bad'] + 1)
