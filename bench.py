@@ -470,7 +470,7 @@ def main(argv=None):
                    'matrix products that shares of the limit need are always measured')
     p.add_argument('--peers', action='store_true', help='beside torchvision, kornia, lightly, scikit-learn, faiss, '
                    'scikit-image, torchmetrics and pytorch-msssim, as far as they are installed')
-    p.add_argument('--quick', action='store_true', help='small sizes and one turn: under a minute, to see that it runs')
+    p.add_argument('--quick', action='store_true', help='small sizes and one turn: under two minutes, to see it run')
     p.add_argument('--repeats', type=int, default=5, metavar='N', help='turns (default: 5)')
     p.add_argument('--json', metavar='FILE', help='keep the figures')
     p.add_argument('--compare', metavar='OLD', help='a file that --json wrote: show what changed')
@@ -479,7 +479,7 @@ def main(argv=None):
     p.add_argument('--method', default='simclr', help='of --processes (default: simclr)')
     args = p.parse_args(argv)
     if args.repeats < 1 or args.processes < 0:
-        p.error('--repeats and --processes are numbers from 1')
+        p.error('--repeats is a number from 1, --processes one from 0')
     try:
         old = json.loads(Path(args.compare).read_text())['rows'] if args.compare else None
         compared([], old or [])

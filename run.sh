@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job: trains every method on Fashion-MNIST, measures each the same way, prints one table.
+# The main job: learns from Fashion-MNIST by each of the methods below, measures all the same way, prints one table.
 #
 #   bash run.sh          about half an hour on two CPU cores
 #   bash run.sh quick    a smoke run of about 3 minutes
@@ -9,7 +9,7 @@
 #                        given): an hour
 #   bash run.sh test     the tests; further words go to test_all.py
 #
-# Stopped at any moment, the same command continues. PYTHON=/path/to/python chooses the Python.
+# Stopped at any moment, by Ctrl-C for instance, the same command continues. PYTHON=/path/to/python chooses the Python.
 set -euo pipefail
 
 methods='pixels pca random ae conv vae simclr simclr-near scan query query-random'
@@ -32,6 +32,7 @@ flags() {   # of method $2 in schedule $1, whose run is called $3; a method that
     default-scan | full-scan) echo --iterations 0 ;;   # self-labelling made it no better
     full-conv | full-vae) echo --epochs 10 ;;
     full-simclr)      echo --epochs 15 ;;
+    full-query)       echo --audit 0 ;;   # all queries where they say most, none to estimate the accuracy
     full-query-random) echo --rounds 1 --round-epochs 30 ;;   # in rounds it would keep its first errors
     full-simclr-near) echo --epochs 4 ;;
   esac
@@ -71,11 +72,14 @@ environment() {   # sets PY
   PY=$venv
 }
 
+recent() {
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
+}
+
 base_python() {
   local python
   for python in "${pythons[@]}"; do
-    [[ $python != "$venv" ]] || continue
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$python" && return
+    [[ $python != "$venv" ]] && recent "$python" && echo "$python" && return
   done
   stop 2 "Python 3.10 or newer is needed: install it, or say where it is with PYTHON=/path/to/python"
 }
@@ -85,7 +89,7 @@ make_venv() (   # .venv with requirements.txt; made anew if it was left unfinish
   base=$(base_python)
   cd /
   echo "run.sh: installing requirements.txt into .venv; this is done once and takes some minutes"
-  if [[ -e $here/.venv/unfinished ]] || ! "$venv" -c '' 2>/dev/null; then
+  if [[ -e $here/.venv/unfinished ]] || ! recent "$venv"; then
     rm -rf "$here/.venv" && mkdir "$here/.venv" && touch "$here/.venv/unfinished"
     "$base" -m venv "$here/.venv" >/dev/null 2>&1 || "$base" -m venv --without-pip "$here/.venv" ||
       stop 2 "$base can't make a virtual environment: install its venv (Debian: apt install python3-venv)"
@@ -135,7 +139,7 @@ case $schedule in
   quick | default) [[ $# -le 1 ]] || stop 2 "'$2' is one word too many; $usage" ;;
   *) stop 2 "'$schedule' is no schedule; $usage" ;;
 esac
-[[ ${seeds:-0} =~ ^[0-9\ ]+$ ]] || stop 2 "'$seeds' are no seeds; $usage"
+[[ ${seeds-0} =~ ^\ *[0-9][0-9\ ]*$ ]] || stop 2 "'$seeds' are no seeds; $usage"
 environment
 
 "$PY" ssl.py --fetch || { debian_data && "$PY" ssl.py --fetch; } ||
