@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-PATIENCE = timedelta(days=7)     # for rank 0, which measures alone; torchrun ends the others when one has failed
+PATIENCE = timedelta(hours=6)     # for rank 0, which asks and measures alone
 
 
 def many():
@@ -105,7 +105,7 @@ def average_gradients(model, loss):
         loss, *parts = flat.split([1, *(g.numel() for g in grads)])
         for g, part in zip(grads, parts):
             g.copy_(part.view_as(g))
-    return loss.view(())
+    return loss.clone().view(())                                             # not a view that holds all gradients
 
 
 def sync_batchnorm(model):
@@ -118,7 +118,7 @@ def sync_batchnorm(model):
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose mean and variance are those of all processes' rows, with gradients through both.
+    """BatchNorm whose mean and variance, where gradients are on, are those of all processes' rows.
 
     torch's own runs on CUDA only. Each process has equally many rows, so that means are those of means; the variance is
     the mean of the variances and that between the means, which keeps its digits far from 0. Statistics are float32.

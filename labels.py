@@ -246,9 +246,9 @@ def estimate_accuracy(probs, agreed, surprises):
     A difference estimator (Saerndal et al. 1992, section 6.3): how often a guess is right is modelled as a logistic
     function of the log odds of its confidence and of whether the neighbours agreed, fitted on all answers; the
     mean of the model over all pictures is then corrected by its mean error on the audits, the pictures drawn at
-    random, however wrong the model is: what bias is left comes of the older ones, which met networks that knew less, so
-    that it is on the low side. probs (N, K), agreed (N,), surprises (n, 4) as from
-    LabelDatabase, the newest rounds'. None without audits.
+    random, however wrong the model is. What bias is left comes of the older ones, which met other networks: it is low
+    where guesses of equal confidence have become better since, and high where they have become worse. probs (N, K),
+    agreed (N,), surprises (n, 4) as from LabelDatabase, the newest rounds'. None without audits.
     """
     audit, right = surprises[:, 2] > 0, surprises[:, 3].long()
     if not audit.any():

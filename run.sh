@@ -84,7 +84,7 @@ base_python() {
   stop 2 "Python 3.10 or newer is needed: install it, or say where it is with PYTHON=/path/to/python"
 }
 
-make_venv() (   # .venv with requirements.txt; made anew if it was left unfinished or its Python is gone
+make_venv() (   # .venv with requirements.txt; made anew if it was left unfinished or its Python is gone or old
   trap 'exit 130' INT   # the sentence is said outside
   base=$(base_python)
   cd /

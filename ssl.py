@@ -113,7 +113,7 @@ else:
         """Type of a flag: anything but nothing; runs/x/ is runs/x."""
         if not text:
             raise argparse.ArgumentTypeError('it is empty; wanted a path')
-        return str(Path(text))
+        return Path(text).as_posix()                       # as it reads on any system
 
     def names(text):
         """Type of --classes: 'a,b,c', none empty or twice."""

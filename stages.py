@@ -224,13 +224,13 @@ def objective_of(args):
 
 def train_model(run, args, model, objective, x, **more):
     """train.fit with the flags filled in, and more; says first what is trained on what."""
+    if len(x) // data.steps_per_epoch(len(x), args.batch_size) < distributed.world():
+        raise ValueError(f'--batch-size {args.batch_size} is less than a picture for each of the '
+                         f'{distributed.world()} processes')
     if distributed.rank() == 0:
         where = f'{distributed.world()} x {x.device}' if distributed.world() > 1 else x.device
         print(f'{run.folder}: {args.method}, {nets.size(model):,} parameters on {where}'
               f'{" in bfloat16" if args.amp else ""}; {len(x):,} pictures {tuple(x.shape[1:])}', flush=True)
-    if len(x) // data.steps_per_epoch(len(x), args.batch_size) < distributed.world():
-        raise ValueError(f'--batch-size {args.batch_size} is less than a picture for each of the '
-                         f'{distributed.world()} processes')
     closing = args.closing if 'closing' in args else 0 if args.schedule == 'constant' else math.inf
     return train.fit(
         distributed.sync_batchnorm(model), objective, x, run, epochs=getattr(args, 'epochs', 0),
