@@ -1,8 +1,8 @@
 """Several processes as one: torchrun starts them, torch.distributed joins them.
 
-Alone, every function here returns what it was given. With W processes each takes its share of every
-batch, gradients are averaged, BatchNorm and NT-Xent see the whole batch, and only rank 0 writes files:
-W processes with B / W pictures each make the step that one makes with B. Batch sizes are always those of
+Alone, every function here returns what it was given. With W processes each takes its share of every batch,
+gradients are averaged, BatchNorm and NT-Xent see the whole batch, and only rank 0 writes files:
+W processes with B / W images each make the step that one makes with B. Batch sizes are always those of
 all processes together, so a run can be resumed with another number of them.
 """
 import os
@@ -17,12 +17,14 @@ PATIENCE = timedelta(hours=6)     # for rank 0, which asks and measures alone
 
 def many():
     """Did torchrun start several processes?"""
-    return int(os.environ.get('WORLD_SIZE', 1)) > 1
+    return int(os.environ.get('WORLD_SIZE') or 1) > 1
 
 
-def own(device):
-    """The device of this process: under torchrun, of the CUDA cards of its machine the one with its number."""
-    return torch.device('cuda', int(os.environ['LOCAL_RANK'])) if many() and device.type == 'cuda' else device
+def own_device(device):
+    """The device of this process: under torchrun, the CUDA card of its machine with its number."""
+    if many() and device.type == 'cuda':
+        return torch.device('cuda', int(os.environ['LOCAL_RANK']))
+    return device
 
 
 def start(device):
@@ -32,7 +34,7 @@ def start(device):
             raise ValueError('several processes work on CUDA cards or on CPUs; add --device cpu')
         if device.type == 'cuda':
             torch.cuda.set_device(device)
-        if not dist.is_initialized():                                        # once: a search makes many runs
+        if not dist.is_initialized():               # once: a search makes many runs
             dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=PATIENCE)
     return device
 
@@ -40,7 +42,7 @@ def start(device):
 def stop():
     """Leave the group, if there is one."""
     if dist.is_initialized():
-        dist.barrier()                                                       # nobody leaves while one still works
+        dist.barrier()                              # nobody leaves while one still works
         dist.destroy_process_group()
 
 
@@ -56,7 +58,8 @@ def rank():
 
 def share(ids):
     """This process's equal share of a batch's ids; up to W - 1 at the end of the batch are left out."""
-    return ids[:len(ids) // world() * world()].chunk(world())[rank()] if world() > 1 else ids
+    each = len(ids) // world()
+    return ids[rank() * each:(rank() + 1) * each]
 
 
 def from_first(value):
@@ -77,7 +80,9 @@ class Sum(torch.autograd.Function):
         dist.all_reduce(total)
         return total
 
-    backward = staticmethod(lambda ctx, grad: Sum.forward(ctx, grad.contiguous()))
+    @staticmethod
+    def backward(ctx, grad):
+        return Sum.forward(ctx, grad.contiguous())
 
 
 def gather(z):
@@ -97,15 +102,17 @@ def mean(value):
 
 
 def average_gradients(model, loss):
-    """Replace every gradient by its mean over the processes; returns that of the loss, sent in the same message."""
+    """Replace every gradient by its mean over the processes; returns that of the loss."""
     loss = loss.detach()
-    if world() > 1:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = mean(torch.cat([loss.view(1), *(g.flatten() for g in grads)]))
-        loss, *parts = flat.split([1, *(g.numel() for g in grads)])
-        for g, part in zip(grads, parts):
-            g.copy_(part.view_as(g))
-    return loss.clone().view(())                                             # not a view that holds all gradients
+    if world() == 1:
+        return loss
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    message = mean(torch.cat([loss.view(1), *(g.flatten() for g in grads)]))
+    done = 1
+    for g in grads:
+        g.copy_(message[done:done + g.numel()].view_as(g))
+        done += g.numel()
+    return message[0].clone()                       # not a view that holds all gradients
 
 
 def sync_batchnorm(model):
@@ -118,10 +125,10 @@ def sync_batchnorm(model):
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose mean and variance, where gradients are on, are those of all processes' rows.
+    """BatchNorm whose mean and variance, where gradients are on, are those of all processes' rows, in float32.
 
-    torch's own runs on CUDA only. Each process has equally many rows, so that means are those of means; the variance is
-    the mean of the variances and that between the means, which keeps its digits far from 0. Statistics are float32.
+    torch's own runs on CUDA only. Each process has equally many rows, so the mean is that of the means. The
+    variance is the mean of the variances plus that between the means, which keeps its digits far from 0.
     """
 
     def _check_input_dim(self, x):
@@ -130,9 +137,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        dims, shape, v = [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2), x.float()
+        dims = [d for d in range(x.ndim) if d != 1]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        v = x.float()
         n = x.numel() // x.shape[1] * world()
-        means, variances = gather(torch.stack([v.mean(dims), v.var(dims, correction=0)]).unsqueeze(0)).unbind(1)
+        own = torch.stack([v.mean(dims), v.var(dims, correction=0)])
+        means, variances = gather(own.unsqueeze(0)).unbind(1)
         mean = means.mean(0)
         var = variances.mean(0) + (means - mean).square().mean(0)
         with torch.no_grad():

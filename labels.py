@@ -1,265 +1,273 @@
-"""A database that reveals a label per query, at a price, and remembers what was paid for.
+"""Labels behind a budget: the database of questions and answers, which images to ask about, the estimate.
 
-SQLite from the standard library. Training holds a LabelDatabase, never the labels: reveal() is the only
-way to one, and every label it gives was written to disk first. Where a person answers, ask() writes the questions of a
-round down and answer() each answer, so that a program killed in between goes on with the same questions.
+The database is one SQLite file. Training gets the labels that were asked for and never the others. A label
+is on disk before it is used, so a program that was killed goes on with the same questions.
 """
 import sqlite3
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from scipy.special import betaincinv
 
-import data
 import evaluate
+import features
+from device import generator
 
+MIN_AUDITS = 12                                     # below it an interval is too wide to say anything
+SCHEMA = ['CREATE TABLE dataset (digest TEXT NOT NULL)', '''
+CREATE TABLE queries (
+    number INTEGER PRIMARY KEY,                     -- order of the questions
+    id INTEGER NOT NULL UNIQUE CHECK (typeof(id) = 'integer' AND id >= 0),
+    round INTEGER NOT NULL CHECK (typeof(round) = 'integer' AND round >= 0),
+    label INTEGER CHECK (typeof(label) IN ('integer', 'null') AND label >= 0),
+    answered INTEGER CHECK (typeof(answered) IN ('integer', 'null')),    -- order of the answers; NULL: open
+    guess INTEGER CHECK (typeof(guess) IN ('integer', 'null') AND guess >= 0),
+    confidence REAL CHECK (typeof(confidence) IN ('real', 'null')),
+    agreed INTEGER CHECK (agreed IN (0, 1)),
+    audit INTEGER CHECK (audit IN (0, 1))
+)'''.strip(), '''
+CREATE TABLE rounds (
+    round INTEGER PRIMARY KEY,
+    asked INTEGER NOT NULL CHECK (typeof(asked) = 'integer' AND asked >= 0),
+    estimate REAL CHECK (typeof(estimate) IN ('real', 'null') AND estimate BETWEEN low AND high),
+    low REAL CHECK (typeof(low) IN ('real', 'null') AND low BETWEEN 0 AND 1),
+    high REAL CHECK (typeof(high) IN ('real', 'null') AND high BETWEEN 0 AND 1),
+    audits INTEGER CHECK (typeof(audits) IN ('integer', 'null'))
+)'''.strip()]
+
+
+class Estimate(NamedTuple):
+    """Accuracy 0..1, its 95 % confidence interval, and the number of random answers it comes from."""
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+# ------------------------------------------------------------------------------------- the database
 
 class LabelDatabase:
-    """Labels of the training pictures behind a budget.
+    """The questions of a run, their answers, and how many it may still ask.
 
-    oracle: function from a list of ids to their labels, asked only for ids that are paid for. digest: of
-    the data set, so that a database is never used with another one. budget 0: to read what is there. ValueError, one
-    sentence, when the file is damaged, of other data, missing though it is to be read, or a query goes beyond the
-    budget. A row of `queries` is a question; without a time it is open, with a time and no label it was skipped.
-    `undone` keeps answers that were taken back.
+    oracle: function from a list of ids to their labels; None where a person answers. budget: labels that may
+    be asked for; 0: only to read. digest: of the data set, so that the labels are never used with another
+    one. A question is open, or has a label, or was skipped, which costs nothing. ValueError, one sentence,
+    when the file is damaged, in use, of other data, or missing though it is to be read, and when a query
+    goes beyond the budget.
     """
 
-    def __init__(self, path, oracle, budget, digest, pictures=1 << 40, classes=1 << 40):
-        self.path, self.oracle, self.budget = path, oracle, budget
-        if not budget and not Path(path).exists():                           # to be read alone
-            raise ValueError(f'{path} is missing: the labels that were paid for')
-        try:
+    def __init__(self, path, oracle, budget, digest):
+        self.path = Path(path)
+        self.oracle = oracle
+        self.budget = budget
+        if not budget and not self.path.exists():
+            raise ValueError(f'{path} is missing; it holds the labels that were asked for')
+        with self._one_sentence():
             self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self.db.execute('PRAGMA synchronous = FULL')                     # on disk before it is used
-            if self.db.execute("SELECT 1 FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone():
-                raise sqlite3.DatabaseError('it holds more than tables')     # which could run anything, without end
-            self.db.execute('CREATE TABLE IF NOT EXISTS dataset (digest TEXT NOT NULL)')
-            self.db.execute('CREATE TABLE IF NOT EXISTS queries (number INTEGER PRIMARY KEY AUTOINCREMENT, '
-                            'id INTEGER NOT NULL UNIQUE, label INTEGER, round INTEGER NOT NULL, '
-                            'time TEXT, guess INTEGER, confidence REAL, agreed INTEGER, '
-                            'audit INTEGER)')
-            self.db.execute('CREATE TABLE IF NOT EXISTS undone (id INTEGER NOT NULL, label INTEGER, '
-                            'answered TEXT NOT NULL, time TEXT NOT NULL)')
-            self.db.execute('CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, asked INTEGER NOT NULL, '
-                            'estimate REAL)')
-            row = self.db.execute('SELECT digest FROM dataset').fetchone()
-            if row is None:
-                self.db.execute('INSERT INTO dataset VALUES (?)', (digest,))
-            self._check(pictures, classes)
-        except (sqlite3.Error, MemoryError, OverflowError, UnicodeDecodeError) as e:
-            if hasattr(self, 'db'):
-                self.db.close()                                              # and with it what it keeps beside the file
-            raise ValueError(f'{path} is not a readable label database ({" ".join(str(e).split())})') from None
-        if row is not None and row[0] != digest:
-            raise ValueError(f'{path} holds the labels of another data set (its digest differs)')
+        self._rows('PRAGMA synchronous = FULL')
+        self._open(digest)
 
-    def _check(self, pictures, classes):
-        """sqlite3.DatabaseError for a damaged file: SQLite itself has no checksums, and takes any type anywhere."""
-        def whole(most):
-            return f"{{0}} IS NULL OR typeof({{0}}) = 'integer' AND {{0}} BETWEEN 0 AND {most - 1}"
-        share = "{0} IS NULL OR typeof({0}) IN ('real', 'integer') AND {0} BETWEEN 0 AND 1"
-        def believed(rule):                                                  # what was believed is there whole or not
-            return f'({rule}) AND ({{0}} IS NULL) = (guess IS NULL)'
-        text = "{0} IS NULL OR typeof({0}) = 'text'"
-        wanted = {'queries': {'id': whole(pictures), 'label': whole(classes), 'round': whole(1 << 40),
-                              'guess': whole(classes), 'confidence': believed(share), 'agreed': believed(whole(2)),
-                              'audit': believed(whole(2)), 'number': whole(1 << 40), 'time': text},
-                  'undone': {'id': whole(pictures), 'label': whole(classes), 'answered': text, 'time': text},
-                  'rounds': {'round': whole(1 << 40), 'asked': whole(1 << 40), 'estimate': share}}
-        if (found := self.db.execute('PRAGMA integrity_check(1)').fetchone()[0]) != 'ok':
-            raise sqlite3.DatabaseError(found)
-        for table, columns in wanted.items():
-            for column, rule in columns.items():
-                if self.db.execute(f'SELECT 1 FROM {table} WHERE NOT ({rule.format(column)})').fetchone():
-                    raise sqlite3.DatabaseError(f'{table}.{column} holds what it can not')
+    def _open(self, digest):
+        """Create the tables of a new file; check those of an old one."""
+        found = self._rows('SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid')
+        if not found and self.budget:
+            with self._one_sentence(), self.db:     # all or nothing
+                self._rows('BEGIN IMMEDIATE')
+                for table in SCHEMA:
+                    self._rows(table)
+                self._rows('INSERT INTO dataset VALUES (?)', digest)
+        elif [sql for sql, in found] != SCHEMA:
+            raise ValueError(f'{self.path} is not a label database of this version; use another --name')
+        damage = self._rows('PRAGMA integrity_check(1)')[0][0]
+        with self._one_sentence():
+            if damage != 'ok':
+                raise sqlite3.DatabaseError(damage)
+        if self._rows('SELECT digest FROM dataset') != [(digest,)]:
+            raise ValueError(f'{self.path} holds the labels of another data set (its digest differs)')
+
+    @contextmanager
+    def _one_sentence(self):
+        try:
+            yield
+        except (sqlite3.Error, OverflowError, UnicodeError, MemoryError) as e:
+            if 'locked' in str(e):
+                raise ValueError(f'{self.path} is in use by another program; close it there and '
+                                 'try again') from None
+            reason = ' '.join(str(e).split())
+            raise ValueError(f'{self.path} can not be used as a label database ({reason})') from None
+
+    def _rows(self, sql, *values):
+        with self._one_sentence():
+            return self.db.execute(sql, values).fetchall()
 
     @property
     def spent(self):
-        """Number of labels paid for."""
-        return self.db.execute('SELECT count(label) FROM queries').fetchone()[0]
+        """Number of labels that were given."""
+        return self._rows('SELECT count(label) FROM queries')[0][0]
 
-    def revealed(self, up_to=1 << 62):
-        """(ids, labels) paid for in the rounds up to this one, in the order they were asked: int64 (n,) each."""
-        rows = self.db.execute('SELECT id, label FROM queries WHERE round <= ? AND label IS NOT NULL ORDER BY number',
-                               (up_to,)).fetchall()
-        ids, labels = zip(*rows) if rows else ((), ())
-        return torch.tensor(ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)
+    def labels_of_round(self, up_to=1 << 62):
+        """(ids, labels) of the rounds up to this one, in the order of the questions: int64 (n,) each."""
+        rows = self._rows('SELECT id, label FROM queries WHERE round <= ? AND label IS NOT NULL '
+                          'ORDER BY number', up_to)
+        pairs = torch.tensor(rows, dtype=torch.int64).view(-1, 2)
+        return pairs[:, 0], pairs[:, 1]
 
     def asked(self):
-        """Ids that were ever asked about, answered or not: int64 (n,)."""
-        rows = self.db.execute('SELECT id FROM queries ORDER BY number').fetchall()
+        """Ids of all questions, answered or not: int64 (n,)."""
+        rows = self._rows('SELECT id FROM queries ORDER BY number')
         return torch.tensor(rows, dtype=torch.int64).view(-1)
 
     def unanswered(self, round):
-        """Ids of this round's questions that are open, in the order they were asked."""
-        return [i for i, in self.db.execute('SELECT id FROM queries WHERE round = ? AND time IS NULL ORDER BY number',
-                                            (round,))]
+        """Ids of this round's open questions, in their order."""
+        rows = self._rows('SELECT id FROM queries WHERE round = ? AND answered IS NULL '
+                          'ORDER BY number', round)
+        return [id for id, in rows]
 
     def history(self):
-        """[(id, label, round, what had been believed or None)] of the answered questions, in their order."""
-        return self.db.execute('SELECT id, label, round, guess FROM queries WHERE label IS NOT NULL '
-                               'ORDER BY number').fetchall()
+        """[(id, label, round, class predicted before or None)] of the labels, in the order asked."""
+        return self._rows('SELECT id, label, round, guess FROM queries WHERE label IS NOT NULL '
+                          'ORDER BY number')
 
-    def tally(self, round):
-        """(questions, labels given, skipped, share of the labels that had been guessed wrong or None) of a round."""
-        return self.db.execute('SELECT count(*), count(label), count(time) - count(label), avg(guess != label) '
-                               'FROM queries WHERE round = ?', (round,)).fetchone()
+    def round_counts(self, round):
+        """(questions, labels given, skipped, share of the labels predicted wrong or None) of a round."""
+        return self._rows('SELECT count(*), count(label), count(answered) - count(label), '
+                          'avg(guess != label) FROM queries WHERE round = ?', round)[0]
 
     def last(self, round):
-        """(id, label or None if skipped) of the newest answer, as long as the round is open; else None."""
-        return self.db.execute('SELECT id, label FROM queries WHERE round = ? AND time IS NOT NULL ORDER BY time DESC, '
-                               'number DESC', (round,)).fetchone() if self.unanswered(round) else None
+        """(id, label or None if skipped) of the newest answer of a round that is still open; else None."""
+        if not self.unanswered(round):
+            return None
+        rows = self._rows('SELECT id, label FROM queries WHERE round = ? AND answered IS NOT NULL '
+                          'ORDER BY answered DESC LIMIT 1', round)
+        return rows[0] if rows else None
 
     def rounds(self):
-        """{round: (labels asked for, accuracy estimated before)} of the rounds that are on disk."""
-        return {r: (asked, estimate) for r, asked, estimate in self.db.execute('SELECT * FROM rounds ORDER BY round')}
+        """{round: (number of questions, Estimate of the accuracy before it or None)}."""
+        rows = self._rows('SELECT * FROM rounds ORDER BY round')
+        return {round: (asked, None if estimate[0] is None else Estimate(*estimate))
+                for round, asked, *estimate in rows}
 
-    def surprises(self, since):
-        """What was believed of the pictures asked for from round `since` on, before their labels came: (n, 4) float32
-        of confidence, whether the neighbours agreed, whether it was drawn at random, whether the guess was right."""
-        rows = self.db.execute('SELECT confidence, agreed, audit, guess = label FROM queries WHERE round >= ? AND '
-                               'guess IS NOT NULL AND label IS NOT NULL ORDER BY number', (since,)).fetchall()
-        return torch.tensor(rows, dtype=torch.float32).view(-1, 4)
+    def audits(self, since):
+        """Which predictions at query time were right, of random images since that round: bool (n,)."""
+        rows = self._rows('SELECT guess = label FROM queries WHERE round >= ? AND audit = 1 '
+                          'AND label IS NOT NULL ORDER BY number', since)
+        return torch.tensor(rows, dtype=torch.bool).view(-1)
 
-    def reveal(self, ids, round=0, beliefs=None, estimate=None):
-        """Labels (n,) of pictures `ids`, from the oracle; new ones are charged, those known are free. All or nothing:
-        the labels, what was believed of them before, (guess, confidence, agreed, audit) each, and the round."""
-        ids = [int(i) for i in ids]
-        known = dict(zip(*(t.tolist() for t in self.revealed())))
-        believed = dict(zip(ids, beliefs or [(None,) * 4] * len(ids)))
-        new = [i for i in believed if i not in known]
-        known.update(zip(new, self.ask(new, round, [believed[i] for i in new], estimate, self.oracle)))
-        return torch.tensor([known[i] for i in ids], dtype=torch.int64)
+    def query(self, ids, round=0, predictions=None, estimate=None):
+        """Write the questions of a round, and the answers if there is an oracle function; all or nothing.
 
-    def ask(self, ids, round=0, beliefs=None, estimate=None, oracle=None):
-        """Write down the questions of a round, each with its (guess, confidence, agreed, audit), and the answers if an
-        oracle knows them at once; returns those. All or nothing; an open question is counted against the budget."""
-        ids, now = [int(i) for i in ids], _now() if oracle else None
-        pending = self.db.execute('SELECT count(*) FROM queries WHERE time IS NULL').fetchone()[0]
-        if self.spent + pending + len(ids) > self.budget:
-            raise ValueError(f'{len(ids)} more labels were asked for, but {self.spent + pending} of the budget of '
+        predictions: (class, confidence, whether the neighbours agree, whether drawn at random) of each image
+        before its label is known. estimate: Estimate before the round, or None. What was asked before is not
+        asked again. Open questions count against the budget.
+        """
+        asked = set(self.asked().tolist())
+        predictions = predictions or [(None,) * 4] * len(ids)
+        new = {int(id): values for id, values in zip(ids, predictions) if int(id) not in asked}
+        promised = self._rows('SELECT count(label) + count(*) - count(answered) FROM queries')[0][0]
+        if promised + len(new) > self.budget:
+            raise ValueError(f'{len(new)} more labels were asked for, but {promised} of the budget of '
                              f'{self.budget} are spent')
-        answers = [int(v) for v in oracle(ids)] if oracle and ids else [None] * len(ids)
-        if missing := [i for i, label in zip(ids, answers) if label is not None and label < 0]:
-            raise ValueError(f'picture {missing[0]} has no label to reveal')
-        with self.transaction():
-            self.db.executemany('INSERT INTO queries (id, label, round, time, guess, confidence, agreed, '
-                                'audit) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
-                                [(i, label, round, now, *belief) for i, label, belief
-                                 in zip(ids, answers, beliefs or [(None,) * 4] * len(ids))])
-            self.db.execute('INSERT OR IGNORE INTO rounds VALUES (?, ?, ?)', (round, len(ids), estimate))
-        return answers
+        labels = [None] * len(new)
+        if self.oracle and new:
+            labels = [int(label) for label in self.oracle(list(new))]
+        answered = 1 if self.oracle else None
+        with self._one_sentence(), self.db:         # all or nothing
+            self._rows('BEGIN IMMEDIATE')
+            for (id, values), label in zip(new.items(), labels):
+                self._rows('INSERT INTO queries VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)',
+                           id, round, label, answered, *values)
+            self._rows('INSERT OR IGNORE INTO rounds VALUES (?, ?, ?, ?, ?, ?)', round, len(new),
+                       *(estimate or (None,) * 4))
 
     def answer(self, id, label, round):
-        """Write down the label of an open question of this round, or with None that it can't be told, which costs
-        nothing. False, and nothing changes, if the question is not open."""
-        with self.transaction():                                             # a clock may be set back: not before any
-            return self.db.execute("UPDATE queries SET label = ?, time = max(?, (SELECT coalesce(max(time), '') FROM "
-                                   'queries)) WHERE id = ? AND round = ? AND time IS NULL',
-                                   (label, _now(), id, round)).rowcount == 1
+        """Write the label of an open question, None to skip it. False, and no change, if it is not open."""
+        self._rows('UPDATE queries SET label = ?, answered = '
+                   '(SELECT coalesce(max(answered), 0) + 1 FROM queries) '
+                   'WHERE id = ? AND round = ? AND answered IS NULL', label, id, round)
+        return self._rows('SELECT changes()') == [(1,)]
 
     def undo(self, id, round):
-        """Open the question again whose answer was the last of this round. False if that was not `id`."""
-        with self.transaction():
-            if (last := self.last(round)) is None or last[0] != id:
-                return False
-            self.db.execute('INSERT INTO undone SELECT id, label, time, ? FROM queries WHERE id = ?', (_now(), id))
-            return self.db.execute('UPDATE queries SET label = NULL, time = NULL WHERE id = ?', (id,)).rowcount == 1
-
-    @contextmanager
-    def transaction(self):
-        """What is written in the block is written whole or not at all."""
-        self.db.execute('BEGIN IMMEDIATE')
-        try:
-            yield
-            self.db.execute('COMMIT')
-        except BaseException:
-            self.db.execute('ROLLBACK')
-            raise
+        """Open the question again that was answered last in this round. False if that was not `id`."""
+        last = self.last(round)
+        if last is None or last[0] != id:
+            return False
+        self._rows('UPDATE queries SET label = NULL, answered = NULL WHERE id = ?', id)
+        return True
 
 
-def _now():
-    return datetime.now(timezone.utc).isoformat(timespec='microseconds')
-
+# ------------------------------------------------------------------------------------- which to ask
 
 def pick_random(n, total, seed):
     """n of `total` ids at random: int64 (n,)."""
-    return torch.randperm(total, generator=data.generator('cpu', seed, 'pick'))[:n]
-
-
-def pick_balanced(n, y, seed):
-    """n ids, as many of each class as can be. It looks at labels that nobody has paid for, as published
-    benchmarks do when they draw labelled sets: for comparison with them, not for use."""
-    order = pick_random(len(y), len(y), seed)
-    shuffled = y[order]
-    place = torch.empty_like(shuffled)                                       # how many of its class came before
-    for k in shuffled.unique():
-        mine = shuffled == k
-        place[mine] = torch.arange(int(mine.sum()))
-    return order[place.argsort(stable=True)[:n]]
+    return torch.randperm(total, generator=generator('cpu', seed, 'pick'))[:n]
 
 
 def pick_coverage(n, h, seed):
-    """n ids that cover the features h (N, D): of each of n k-means clusters the picture nearest its centre."""
+    """n ids that cover the features h (N, D): of each of n k-means clusters the image nearest its centre."""
     _, centres, _ = evaluate.kmeans(h, n, restarts=1, iterations=20, seed=seed)
     ids = evaluate.medoids(h, centres).cpu()
-    if len(ids) < n:                                                         # a cluster had no picture
+    if len(ids) < n:                                # a cluster had no image
         others = pick_random(len(h), len(h), seed)
-        ids = torch.cat([ids, others[~torch.isin(others, ids)][:n - len(ids)]])
+        others = others[~torch.isin(others, ids)]
+        ids = torch.cat([ids, others[:n - len(ids)]])
     return ids
 
 
 def pick_informative(n, probs, h, taken, known, y, seed):
-    """(ids (n,), agreed (N,) bool): the pictures to ask about next, spread over the features.
+    """(ids (n,), agreed (N,) bool): the images to ask about next, spread over the features.
 
-    Half are those where the prediction and a vote of the 10 nearest labelled pictures disagree, most confident
-    first: the errors that self-training would never find by itself. The rest have the smallest margin between
-    the two best classes. Either kind is thinned from 15 times as many to its k-means medoids, so that no two
-    ask the same. probs (N, K) predictions; h (N, D) features; taken: ids that are not to be asked about; known (m,):
-    those that have the labels y (m,).
+    Half are those where the prediction and a vote of the 10 nearest labelled images disagree, most confident
+    first: errors that self-training would never find by itself. The rest have the smallest margin between
+    the two best classes. Either kind starts from 15 times as many and keeps the k-means medoids, so that no
+    two ask the same. probs (N, K): predictions; h (N, D): features; taken: ids that may not be asked;
+    known (m,): ids that have the labels y (m,).
     """
-    vote = evaluate.knn(h[known], y, h, k=10, tau=0.1, classes=probs.shape[1])
+    vote = features.knn(h[known], y, h, k=10, tau=0.1, classes=probs.shape[1])
     agreed = vote == probs.argmax(1)
-    best = probs.topk(2, dim=1).values
-    open_ = torch.ones(len(h), dtype=torch.bool, device=h.device)
-    open_[taken] = False
+    best, second = probs.topk(2, dim=1).values.unbind(1)
+    is_open = torch.ones(len(h), dtype=torch.bool, device=h.device)
+    is_open[taken] = False
+
     def spread(m, order, seed):
-        ids = order[open_[order]][:15 * m]
+        ids = order[is_open[order]][:15 * m]
         if len(ids) > m:
             _, centres, _ = evaluate.kmeans(h[ids], m, restarts=1, iterations=20, seed=seed)
             ids = ids[evaluate.medoids(h[ids], centres)]
-        open_[ids] = False
+        is_open[ids] = False
         return ids
-    order = best[:, 0].argsort(descending=True, stable=True)
-    first = spread(n // 2, order[~agreed[order]], f'{seed} disagreement')
-    order = (best[:, 0] - best[:, 1]).argsort(stable=True)
-    ids = [first, spread(n - len(first), order, f'{seed} margin')]
-    missing = n - len(torch.cat(ids))                                        # clusters that had no picture
-    return torch.cat([*ids, order[open_[order]][:missing]]), agreed
+
+    by_confidence = best.argsort(descending=True, stable=True)
+    by_margin = (best - second).argsort(stable=True)
+    disagreed = spread(n // 2, by_confidence[~agreed[by_confidence]], f'{seed} disagreement')
+    unsure = spread(n - len(disagreed), by_margin, f'{seed} margin')
+    missing = n - len(disagreed) - len(unsure)      # clusters that had no image
+    others = by_margin[is_open[by_margin]][:missing]
+    return torch.cat([disagreed, unsure, others]), agreed
 
 
-def estimate_accuracy(probs, agreed, surprises):
-    """(accuracy of the predictions over all pictures, its standard error), without a label but those that were asked
-    for anyway.
+# --------------------------------------------------------------------------------- how good it is
 
-    A difference estimator (Saerndal et al. 1992, section 6.3): how often a guess is right is modelled as a logistic
-    function of the log odds of its confidence and of whether the neighbours agreed, fitted on all answers; the
-    mean of the model over all pictures is then corrected by its mean error on the audits, the pictures drawn at
-    random, however wrong the model is. What bias is left comes of the older ones, which met other networks: it is low
-    where guesses of equal confidence have become better since, and high where they have become worse. probs (N, K),
-    agreed (N,), surprises (n, 4) as from LabelDatabase, the newest rounds'. None without audits.
+def estimate_accuracy(right):
+    """Estimate of the accuracy from random answers; None below 12 of them, which are too few to say.
+
+    right (n,): was the prediction right, of images drawn at random (LabelDatabase.audits)? The interval is
+    exact (Clopper and Pearson 1934): it contains the accuracy in at least 95 of 100 samples, whatever the
+    accuracy is. It is about the predictions at query time, of networks that may have learned more since.
     """
-    audit, right = surprises[:, 2] > 0, surprises[:, 3].long()
-    if not audit.any():
-        return None, None
-    def features(confidence, agreed):
-        p = confidence.double().clamp(1e-4, 1 - 1e-4)
-        odds, agreed = (p / (1 - p)).log(), agreed.double()
-        return torch.stack([odds, agreed, odds * agreed], 1)
-    asked = features(surprises[:, 0], surprises[:, 1])
-    model = evaluate.logistic_regression(asked, right, 2, l2=1e-2)
-    off, n = (right - model(asked).softmax(1)[:, 1])[audit], int(audit.sum())
-    error = ((off - off.mean()).square().sum() + 2 * 0.25) / (n + 1) / n
-    mean = model(features(probs.max(1).values.cpu(), agreed.cpu())).softmax(1)[:, 1].mean()
-    return (mean + off.mean()).clamp(0, 1).item(), error.sqrt().item()
+    n = len(right)
+    if n < MIN_AUDITS:
+        return None
+    k = int(right.sum())
+    low = betaincinv(k, n - k + 1, 0.025) if k else 0.0
+    high = betaincinv(k + 1, n - k, 0.975) if k < n else 1.0
+    return Estimate(k / n, float(low), float(high), n)
+
+
+def describe_estimate(estimate):
+    """'91.7 % (61.5 to 99.8 %)', or why there is none."""
+    if estimate is None:
+        return f'too few to say (below {MIN_AUDITS} random answers)'
+    mean, low, high = (100 * share for share in estimate[:3])
+    return f'{mean:.1f} % ({low:.1f} to {high:.1f} %)'

@@ -1,8 +1,8 @@
-"""Networks: three encoders, two decoders, and the models that methods train.
+"""Networks: three encoders, two decoders, and the models that the methods train.
 
-Every encoder maps pictures (B, C, H, W) in 0..1 to features h (B, encoder.dim). Kept as a spatial map,
-pooled by an average (contrastive learning) or flattened into a linear layer (autoencoders, which need to
-know where things are).
+Every encoder maps images (B, C, H, W) in 0..1 to features h (B, encoder.dim). The last map of a convolutional
+one is averaged (contrastive learning) or flattened into a linear layer (autoencoders, which need to know
+where things are).
 """
 import copy
 import math
@@ -11,24 +11,25 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from device import in_float32
+
 
 def layout(device):
-    """Memory format in which convolutions are fast on a device; on MPS, where torch's gradients of BatchNorm in
-    channels_last were wrong or failed (pytorch issue 175189), the plain one."""
-    return torch.contiguous_format if device.type == 'mps' else torch.channels_last
+    """Memory format in which convolutions are fast on a device."""
+    if device.type == 'mps':                      # BatchNorm had wrong gradients there (pytorch issue 175189)
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def channels(base, width):
-    """`base` channels scaled by `width`, in multiples of 8 as matrix units like them."""
+    """`base` channels times `width`, in multiples of 8 as matrix units like them."""
     return max(8, round(base * width / 8) * 8)
 
 
-class Conv(nn.Conv2d):
-    """A convolution without bias whose weights learn faster in bfloat16 on a CPU where maps are narrow.
+# ------------------------------------------------------------------------------------- convolutions
 
-    There oneDNN's gradient of the weights is slow, and fast again once pictures are laid side by side: measured on maps
-    of 4 x 4, 4.6 times as fast with the copies that this takes; of 14 x 14, slower.
-    """
+class Conv(nn.Conv2d):
+    """A convolution without bias. In bfloat16 on a CPU, maps narrower than 12 go through NarrowConv."""
 
     def forward(self, x):
         narrow = math.ceil(x.shape[3] / self.stride[0]) < 12
@@ -38,33 +39,40 @@ class Conv(nn.Conv2d):
 
 
 class NarrowConv(torch.autograd.Function):
-    """F.conv2d(x, weight, None, stride, padding) with the weights' gradient of side_by_side pictures."""
+    """F.conv2d(x, weight, None, stride, padding) with a faster gradient of the weights.
+
+    oneDNN is slow there on narrow maps, so it gets 16 images side by side: with AMX, a step of simclr is 1.25
+    times as fast (bench.py).
+    """
 
     @staticmethod
     def forward(ctx, x, weight, stride, padding):
         ctx.save_for_backward(x, weight)
-        ctx.flags = stride, padding
+        ctx.stride, ctx.padding = stride, padding
         return F.conv2d(x, weight, None, stride, padding)
 
     @staticmethod
     def backward(ctx, grad):
-        (x, weight), (stride, padding) = ctx.saved_tensors, ctx.flags
-        of_x = nn.grad.conv2d_input(x.shape, weight, grad, stride, padding) if ctx.needs_input_grad[0] else None
-        width = math.ceil((x.shape[3] + padding) / stride)                 # of a gradient with its gap: zeros
-        x, grad = side_by_side(x, width * stride), side_by_side(grad, width)
-        return of_x, nn.grad.conv2d_weight(x, weight.shape, grad, stride, padding), None, None
+        x, weight = ctx.saved_tensors
+        stride, padding = ctx.stride, ctx.padding
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = nn.grad.conv2d_input(x.shape, weight, grad, stride, padding)
+        width = math.ceil((x.shape[3] + padding) / stride)     # leaves a gap of zeros for the padding
+        x = side_by_side(x, width * stride)
+        grad = side_by_side(grad, width)
+        return grad_x, nn.grad.conv2d_weight(x, weight.shape, grad, stride, padding), None, None
 
 
 def side_by_side(x, width, n=16):
-    """Maps (B, C, H, W), `width` from the left edge of one to that of the next, zeros between them: n in a row,
-    (ceil(B / n), C, H, n * width)."""
+    """Maps (B, C, H, W), each padded with zeros to `width`, n in a row: (ceil(B / n), C, H, n * width)."""
     B, C, H, W = x.shape
-    x, full = x.permute(0, 2, 3, 1), B // n
-    out = x.new_empty(-(-B // n), H, n, width, C)
-    out[full:], out[:, :, :, W:] = 0, 0
-    out[:full, :, :, :W] = x[:full * n].unflatten(0, (full, n)).transpose(1, 2)
-    out[full:, :, :B - full * n, :W] = x[full * n:].transpose(0, 1)
-    return out.flatten(2, 3).permute(0, 3, 1, 2)
+    x = torch.cat([x, x.new_zeros(-B % n, C, H, W)]) if B % n else x
+    rows = x.permute(0, 2, 3, 1).unflatten(0, (-1, n)).transpose(1, 2)
+    out = x.new_empty(len(rows), H, n, width, C)
+    out[:, :, :, :W] = rows
+    out[:, :, :, W:] = 0
+    return out.flatten(2, 3).permute(0, 3, 1, 2)               # channels last
 
 
 def conv_bn(c_in, c_out, stride=1, kernel=3):
@@ -82,56 +90,65 @@ class Block(nn.Module):
         self.skip = nn.Identity() if same else conv_bn(c_in, c_out, stride, kernel=1)
 
     def forward(self, x):
-        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.skip(x))
+        h = F.relu(self.conv1(x))
+        return F.relu(self.conv2(h) + self.skip(x))
 
+
+# ----------------------------------------------------------------------------- encoders and decoders
 
 def resnet(C, H, W, width):
-    """(net, out channels, out height, out width): residual stages for small pictures.
+    """(net, channels, height, width of its map): residual stages for small images.
 
     3x3 stem of stride 2 and no max-pool; stages of 64, 128, 256 channels at 1/2, 1/4, 1/8 of the side,
-    rounded up (28 -> 14, 7, 4); pictures of 64 px and more get one more stage of 512.
+    rounded up (28 -> 14, 7, 4). Images of 64 px and more get one more stage of 512.
     """
-    widths = [channels(c, width) for c in (64, 128, 256, 512)][:4 if min(H, W) >= 64 else 3]
-    layers = [conv_bn(C, widths[0], 2), nn.ReLU()]
-    for i, c in enumerate(widths):
-        layers.append(Block(widths[max(i - 1, 0)], c, 1 if i == 0 else 2))
-    return nn.Sequential(*layers), widths[-1], *(math.ceil(n / 2 ** len(widths)) for n in (H, W))
+    stages = 4 if min(H, W) >= 64 else 3
+    c = channels(64, width)
+    layers = [conv_bn(C, c, 2), nn.ReLU(), Block(c, c)]
+    for i in range(1, stages):
+        wider = channels(64 * 2 ** i, width)
+        layers.append(Block(c, wider, 2))
+        c = wider
+    return nn.Sequential(*layers), c, math.ceil(H / 2 ** stages), math.ceil(W / 2 ** stages)
 
 
 def convnet(C, H, W, width):
-    """(net, out channels, height, width): four blocks of two 3x3 convolutions, 64-128-256-512, max-pooled."""
+    """(net, channels, height, width of its map): four max-pooled pairs of 3x3 convolutions, 64 to 512."""
     layers = []
-    for c in [channels(c, width) for c in (64, 128, 256, 512)]:
+    for base in (64, 128, 256, 512):
+        c = channels(base, width)
         layers += [conv_bn(C, c), nn.ReLU(), conv_bn(c, c), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
         C, H, W = c, math.ceil(H / 2), math.ceil(W / 2)
     return nn.Sequential(*layers), C, H, W
 
 
 class Encoder(nn.Module):
-    """Pictures (B, C, H, W) in 0..1 -> features (B, dim).
+    """Images (B, C, H, W) in 0..1 -> features (B, dim).
 
     net: fc (C*H*W - 256 - dim), conv or resnet. dim None: the average-pooled map (fc: 64 units).
     """
 
     def __init__(self, net, shape, width=1.0, dim=None):
         super().__init__()
-        C, H, W = shape
         if net == 'fc':
-            hidden, self.dim = channels(256, width), dim or channels(64, width)
-            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(C * H * W, hidden), nn.ReLU(),
+            hidden = channels(256, width)
+            self.dim = dim or channels(64, width)
+            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), hidden), nn.ReLU(),
                                         nn.Linear(hidden, self.dim))
             return
-        body, c, h, w = {'conv': convnet, 'resnet': resnet}[net](C, H, W, width)
+        body, c, h, w = {'conv': convnet, 'resnet': resnet}[net](*shape, width)
         self.dim = dim or c
-        head = [nn.Flatten(), nn.Linear(c * h * w, dim)] if dim else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        self.layers = nn.Sequential(body, *head)
+        if dim:
+            self.layers = nn.Sequential(body, nn.Flatten(), nn.Linear(c * h * w, dim))
+        else:
+            self.layers = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
     def forward(self, x):
         return self.layers(x.contiguous(memory_format=layout(x.device)))
 
 
 class FCDecoder(nn.Module):
-    """Latents (B, D) -> logits (B, C, H, W) through one hidden layer of 256."""
+    """Codes (B, D) -> logits (B, C, H, W) through one hidden layer of 256."""
 
     def __init__(self, dim, shape, width=1.0):
         super().__init__()
@@ -144,33 +161,36 @@ class FCDecoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Latents (B, D) -> logits (B, C, H, W), exactly H x W for any size.
+    """Codes (B, D) -> logits (B, C, H, W), exactly H x W for any size.
 
-    A linear layer makes a map at 1/4 of the side, residual blocks grow it to 1/2, and the last
-    convolution writes each 2 x 2 of pixels at once (pixel shuffle), so no layer works at full size.
+    A linear layer makes a map at 1/4 of the side, residual blocks grow it to 1/2, and the last convolution
+    writes 2 x 2 pixels at once (pixel shuffle), so that no layer works at full size.
     """
 
     def __init__(self, dim, shape, width=1.0):
         super().__init__()
         C, self.H, self.W = shape
-        h, w, c = math.ceil(self.H / 4), math.ceil(self.W / 4), channels(128, width)
-        self.grow = nn.Sequential(
-            nn.Linear(dim, c * h * w), nn.Unflatten(1, (c, h, w)), nn.BatchNorm2d(c), nn.ReLU(), Block(c, c),
-            nn.Upsample(scale_factor=2), Block(c, c // 2), Block(c // 2, c // 2),
+        h, w = math.ceil(self.H / 4), math.ceil(self.W / 4)
+        c = channels(128, width)
+        self.layers = nn.Sequential(
+            nn.Linear(dim, c * h * w), nn.Unflatten(1, (c, h, w)), nn.BatchNorm2d(c), nn.ReLU(),
+            Block(c, c), nn.Upsample(scale_factor=2),
+            Block(c, c // 2), Block(c // 2, c // 2),
             nn.Conv2d(c // 2, 4 * C, 3, padding=1), nn.PixelShuffle(2))
 
     def forward(self, z):
-        return self.grow(z)[:, :, :self.H, :self.W]
+        return self.layers(z)[:, :, :self.H, :self.W]
 
 
-# ---------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 
-class Autoencoder(nn.Module):
-    """encode: x -> z (B, latent); decode: z -> recon in 0..1; forward: both."""
+class Model(nn.Module):
+    """encode: images x -> features (B, D); decode, with a decoder: features -> images in 0..1."""
 
-    def __init__(self, encoder, decoder):
+    def __init__(self, encoder, decoder=None):
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder = encoder
+        self.decoder = decoder
 
     def encode(self, x):
         return self.encoder(x)
@@ -178,24 +198,27 @@ class Autoencoder(nn.Module):
     def decode(self, z):
         return torch.sigmoid(self.decoder(z).float())
 
+
+class Autoencoder(Model):
+    """forward: images x -> their reconstructions in 0..1."""
+
     def forward(self, x):
         return self.decode(self.encode(x))
 
 
-class VAE(Autoencoder):
-    """Variational autoencoder (arXiv 1312.6114), encoder.dim 2 x latent: mu, logvar. encode gives mu, the feature used
-    to judge it."""
+class VAE(Model):
+    """Variational autoencoder (arXiv 1312.6114). The encoder gives mu and logvar side by side; encode, mu."""
 
     def posterior(self, x):
-        """(mu, logvar), each (B, latent) float32."""
+        """(mu, logvar), each (B, D) float32."""
         mu, logvar = self.encoder(x).float().chunk(2, dim=1)
-        return mu, logvar.clamp(-10, 10)                   # keeps exp(logvar) finite early on
+        return mu, logvar.clamp(-10, 10)                       # keeps exp(logvar) finite early on
 
     def encode(self, x):
         return self.posterior(x)[0]
 
     def forward(self, x, g=None):
-        """(logits, mu, logvar) with z drawn from the posterior by generator g."""
+        """(logits, mu, logvar), the code drawn from the posterior by generator g."""
         mu, logvar = self.posterior(x)
         return self.decoder(reparameterize(mu, logvar, g)), mu, logvar
 
@@ -205,67 +228,50 @@ def reparameterize(mu, logvar, g=None):
     return mu + (0.5 * logvar).exp() * torch.randn(mu.shape, device=mu.device, generator=g)
 
 
-class SimCLR(nn.Module):
+class SimCLR(Model):
     """Encoder and two-layer projection head (arXiv 2002.05709). encode gives h, before the head."""
 
-    def __init__(self, encoder, dim=128):
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Sequential(nn.Linear(encoder.dim, encoder.dim, bias=False), nn.BatchNorm1d(encoder.dim),
-                                  nn.ReLU(), nn.Linear(encoder.dim, dim))
-
-    def encode(self, x):
-        return self.encoder(x)
+    def __init__(self, encoder, decoder=None, dim=128):
+        super().__init__(encoder, decoder)
+        D = encoder.dim
+        self.head = nn.Sequential(nn.Linear(D, D, bias=False), nn.BatchNorm1d(D), nn.ReLU(),
+                                  nn.Linear(D, dim))
 
     def forward(self, x):
         """Projection z (B, dim)."""
         return self.head(self.encoder(x))
 
 
-class Mean(nn.Module):
-    """The mean half of a variational encoder's output, as an encoder."""
+class Classifier(Model):
+    """Encoder and a linear head: images -> logits (B, K).
 
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder, self.dim = encoder, encoder.dim // 2
-
-    def forward(self, x):
-        return self.encoder(x)[:, :self.dim]
-
-
-class Classifier(nn.Module):
-    """Encoder and a linear or two-layer head: pictures -> logits (B, K).
-
-    Frozen, the encoder gets no gradient and stays in eval mode, so that its BatchNorm buffers keep every bit.
+    A frozen encoder gets no gradient and stays in eval mode, so that its BatchNorm buffers keep every bit.
     """
 
-    def __init__(self, encoder, K, head='linear', frozen=False):
-        super().__init__()
-        self.encoder, self.frozen, D = encoder.requires_grad_(not frozen), frozen, encoder.dim
-        hidden = [nn.Linear(D, D, bias=False), nn.BatchNorm1d(D), nn.ReLU()] if head == 'mlp' else []
-        self.head = nn.Sequential(*hidden, nn.Linear(D, K))
+    def __init__(self, encoder, K, frozen=False):
+        super().__init__(encoder.requires_grad_(not frozen))
+        self.frozen = frozen
+        self.head = nn.Linear(encoder.dim, K)
 
     def train(self, mode=True):
         super().train(mode)
         self.encoder.train(mode and not self.frozen)
         return self
 
-    def encode(self, x):
-        return self.encoder(x)
-
     def forward(self, x):
         return self.head(self.encoder(x))
 
 
 class MeanTeacher(nn.Module):
-    """A classifier and its teacher: the same network with the moving average of its weights (arXiv 1703.01780).
+    """A classifier and its teacher, which has the moving average of its weights (arXiv 1703.01780).
 
-    The student learns; the teacher gets no gradient, never leaves eval mode, and answers for both.
+    The student learns. The teacher gets no gradient, never leaves eval mode, and predicts for both.
     """
 
     def __init__(self, student):
         super().__init__()
-        self.student, self.teacher = student, copy.deepcopy(student).requires_grad_(False)
+        self.student = student
+        self.teacher = copy.deepcopy(student).requires_grad_(False)
         self.register_buffer('steps', torch.zeros(()))
 
     def train(self, mode=True):
@@ -275,13 +281,18 @@ class MeanTeacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, decay):
-        """Move the teacher's weights and BatchNorm statistics towards the student's; the first steps go further,
-        so that it doesn't dwell on the start: the decay rises as (1 + t) / (10 + t)."""
+        """Move the teacher's weights and BatchNorm statistics towards the student's.
+
+        The decay rises as (1 + t) / (10 + t), so that the teacher soon forgets the start.
+        """
         rate = 1 - torch.clamp((1 + self.steps) / (10 + self.steps), max=decay)
         self.steps += 1
-        mine, theirs = self.teacher.state_dict(), self.student.state_dict()
-        for old, new in ((mine[k], theirs[k]) for k in mine):
-            old.lerp_(new, rate) if old.is_floating_point() else old.copy_(new)
+        student = self.student.state_dict()
+        for name, old in self.teacher.state_dict().items():
+            if old.is_floating_point():
+                old.lerp_(student[name], rate)
+            else:
+                old.copy_(student[name])
 
     def encode(self, x):
         return self.teacher.encode(x)
@@ -290,22 +301,126 @@ class MeanTeacher(nn.Module):
         return self.teacher(x)
 
 
+class NeighbourVote(Model):
+    """Classifies by the known images that are nearest in an encoder's features; nothing is trained.
+
+    features (N, D) of the known images, centred and normalised; probs (N, K): their class probabilities.
+    forward: images -> log (B, K) of the mean probabilities of the k nearest by cosine.
+    """
+
+    def __init__(self, encoder, features, probs, k=10):
+        super().__init__(encoder)
+        self.k = k
+        self.register_buffer('mean', torch.zeros_like(features[0]))
+        self.register_buffer('features', features)
+        self.register_buffer('probs', probs)
+
+    def remember(self, h, probs):
+        """Let other images vote, as many as before: h (N, D) as the encoder gives them, probs (N, K)."""
+        self.mean.copy_(h.mean(0))
+        self.features.copy_(F.normalize(h - self.mean, dim=1))
+        self.probs.copy_(probs)
+
+    def encode(self, x):
+        return F.normalize(self.encoder(x).float() - self.mean, dim=1)
+
+    def forward(self, x):
+        return neighbour_vote(self.encode(x), self.features, self.probs, self.k)
+
+
+@in_float32
+def neighbour_vote(h, features, probs, k):
+    """Log (B, K) of the mean probs of the k rows of features (N, D) most similar to each row of h (B, D)."""
+    votes = []
+    for rows in h.split(256):                                  # bounds the memory of the similarities
+        nearest = (rows @ features.T).topk(k).indices
+        votes.append(probs[nearest].mean(1))
+    return torch.cat(votes).clamp(min=1e-12).log()
+
+
+class Pixels(Model):
+    """The pixels as features."""
+
+    def __init__(self, shape=()):
+        super().__init__(nn.Flatten())
+        self.dim = math.prod(shape)
+
+    def forward(self, x):
+        return self.encode(x)
+
+
+class PCA(nn.Module):
+    """The first k principal components of images of `shape`: encode to (B, k), decode back into 0..1."""
+
+    def __init__(self, shape, k):
+        super().__init__()
+        self.shape = shape
+        pixels = math.prod(shape)
+        self.register_buffer('mean', torch.zeros(pixels))
+        self.register_buffer('components', torch.zeros(pixels, k))
+
+    def fit(self, x):
+        """Exact components of float images x (N, C, H, W), or of their pixels (N, D); the largest first."""
+        x = x.flatten(1)
+        D, k = self.components.shape
+        self.mean.copy_(x.mean(0))
+        x = (x - self.mean).cpu()                              # few devices have these decompositions
+        if k <= len(x) < D:                                    # fewer images than pixels: no (D, D) matrix
+            vectors = torch.linalg.svd(x, full_matrices=False).Vh.T
+        else:
+            vectors = torch.linalg.eigh(x.T @ x / len(x)).eigenvectors.flip(1)
+        self.components.copy_(vectors[:, :k])
+
+    def encode(self, x):
+        return (x.flatten(1) - self.mean) @ self.components
+
+    def decode(self, z):
+        return (z @ self.components.T + self.mean).clamp(0, 1).unflatten(1, self.shape)
+
+
+class Mean(nn.Module):
+    """The mean half of a variational encoder's output, as an encoder."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.dim = encoder.dim // 2
+
+    def forward(self, x):
+        return self.encoder(x)[:, :self.dim]
+
+
 def encoder_of(model):
-    """What a classifier takes over from a pretrained model: the encoder up to the features it is judged by."""
+    """What a classifier takes over from a trained model: the encoder up to the features it is judged by."""
     if isinstance(model, VAE):
         return Mean(model.encoder)
-    return (model.teacher if isinstance(model, MeanTeacher) else model).encoder.requires_grad_(True)
+    if isinstance(model, MeanTeacher):
+        model = model.teacher
+    return model.encoder.requires_grad_(True)
 
 
-def build(method, net, shape, width=1.0, latent=64):
-    """The model that `method` trains, on pictures of `shape` (C, H, W)."""
-    if method == 'ae':
-        return Autoencoder(Encoder(net, shape, width, latent), FCDecoder(latent, shape, width))
-    if method == 'conv':
-        return Autoencoder(Encoder(net, shape, width, latent), ConvDecoder(latent, shape, width))
+def can_decode(model):
+    return isinstance(model, PCA) or getattr(model, 'decoder', None) is not None
+
+
+def build(method, net, shape, width=1.0, latent=None, recon=False):
+    """The network of a method that learns without labels, for images of `shape` (C, H, W).
+
+    latent: size of the code; 0 or None, for simclr and random: the last map, averaged. recon: simclr gets a
+    decoder.
+    """
+    if method == 'pixels':
+        return Pixels(shape)
+    if method == 'pca':
+        return PCA(shape, latent)
     if method == 'vae':
         return VAE(Encoder(net, shape, width, 2 * latent), ConvDecoder(latent, shape, width))
-    return SimCLR(Encoder(net, shape, width))
+    encoder = Encoder(net, shape, width, latent or None)
+    if method == 'ae':
+        return Autoencoder(encoder, FCDecoder(latent, shape, width))
+    if method == 'conv':
+        return Autoencoder(encoder, ConvDecoder(latent, shape, width))
+    return SimCLR(encoder, ConvDecoder(encoder.dim, shape, width) if recon else None)
 
 
 def size(model):
@@ -314,11 +429,11 @@ def size(model):
 
 
 def samples(vae, latent, n, g):
-    """n pictures decoded from the prior N(0, 1): (n, C, H, W) in 0..1."""
+    """n images decoded from the prior N(0, 1): (n, C, H, W) in 0..1."""
     return vae.decode(torch.randn(n, latent, device=g.device, generator=g))
 
 
 def interpolation(vae, x1, x2, n):
-    """n pictures decoded along the line between the codes of x1 and x2, each (1, C, H, W)."""
+    """n images decoded along the line between the codes of x1 and x2, each (1, C, H, W)."""
     t = torch.linspace(0, 1, n, device=x1.device).unsqueeze(1)
     return vae.decode(torch.lerp(vae.encode(x1), vae.encode(x2), t))

@@ -1,92 +1,98 @@
-"""What a person looks at: pictures as PNG and tables as text. Standard library, numpy and torch tensors only."""
+"""What a person looks at: images as PNG, tables as text, report.html of one run and of many, TensorBoard.
+
+A page is the file report.html with its content put in as JSON: here is what a page tells, there how it looks.
+It stands alone: nothing is loaded from anywhere.
+"""
+import base64
+import json
+import math
+import os
+import re
+import shutil
 import statistics
 import struct
+import sys
+import time
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+import features
 import runs
 
+PNGS = 'reconstructions', 'views', 'samples', 'interpolation'           # of a run, where its method has them
+PERPLEXITY = 30.0                                                       # of t-SNE
 
-def png(picture):
-    """(H, W) or (H, W, 3) uint8 as the bytes of a PNG: one chunk of zlib-compressed rows (RFC 2083)."""
-    picture = np.ascontiguousarray(picture)
-    H, W = picture.shape[:2]
-    rows = np.zeros((H, 1 + picture[0].size), np.uint8)                     # each row: filter type 0, its bytes
-    rows[:, 1:] = picture.reshape(H, -1)
+
+# ------------------------------------------------------------------------------------------- images
+
+def png(image):
+    """(H, W) or (H, W, 3) uint8 as the bytes of a PNG file: one chunk of zlib-compressed rows (RFC 2083)."""
+    H, W = image.shape[:2]
+    rows = np.zeros((H, 1 + image[0].size), np.uint8)                   # each row: filter type 0, its bytes
+    rows[:, 1:] = image.reshape(H, -1)
+
     def chunk(kind, body):
         return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
-    header = struct.pack('>IIBBBBB', W, H, 8, 2 if picture.ndim == 3 else 0, 0, 0, 0)
-    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows.tobytes(), 9))
-            + chunk(b'IEND', b''))
+
+    header = chunk(b'IHDR', struct.pack('>IIBBBBB', W, H, 8, 2 if image.ndim == 3 else 0, 0, 0, 0))
+    data = chunk(b'IDAT', zlib.compress(rows.tobytes(), 9))
+    return b'\x89PNG\r\n\x1a\n' + header + data + chunk(b'IEND', b'')
 
 
-def read_png(path):
-    """The picture that write_png wrote."""
-    blob = Path(path).read_bytes()
-    W, H, _, kind = struct.unpack('>IIBB', blob[16:26])
-    rows = np.frombuffer(zlib.decompress(blob[41:-16]), np.uint8).reshape(H, -1)[:, 1:]    # one chunk, filter type 0
-    return rows.reshape(H, W, 3) if kind == 2 else rows
-
-
-def write_png(path, picture):
+def write_png(path, image):
     """Write (H, W) or (H, W, 3) uint8 as a PNG file."""
-    runs.write_atomic(path, png(picture))
+    runs.write_atomic(path, png(image))
 
 
 def sheet(*rows, gap=2, zoom=2):
-    """Rows of pictures, each (n, C, H, W) float 0..1, as one picture (H', W') or (H', W', 3) uint8."""
-    C, H, W = rows[0].shape[1:]
-    n = max(len(row) for row in rows)
-    out = np.full((C, len(rows) * (H + gap) + gap, n * (W + gap) + gap), 128, np.uint8)
-    for r, row in enumerate(rows):
-        for i, picture in enumerate((row.detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy()):
-            top, left = gap + r * (H + gap), gap + i * (W + gap)
-            out[:, top:top + H, left:left + W] = picture
-    out = out.repeat(zoom, 1).repeat(zoom, 2)
-    return out[0] if C == 1 else out.transpose(1, 2, 0)
+    """Rows of images, each (n, C, H, W) float 0..1, as one image (H', W') or (H', W', 3) uint8."""
+    grey, n = 128 / 255, max(len(row) for row in rows)
+    lines = []
+    for row in rows:
+        blank = row.new_full((n - len(row), *row.shape[1:]), grey)
+        cells = F.pad(torch.cat([row, blank]), (gap, 0, gap, 0), value=grey)        # left and above each
+        lines.append(torch.cat(list(cells), 2))
+    out = F.pad(torch.cat(lines, 1), (0, gap, 0, gap), value=grey).detach().float().clamp(0, 1)
+    out = (255 * out).round().byte().cpu().numpy().repeat(zoom, 1).repeat(zoom, 2)
+    return out[0] if len(out) == 1 else out.transpose(1, 2, 0)
 
 
-def iteration(row):
-    """One iteration of clustering as lines of text, loud when clusters have died."""
-    line = (f'iteration {row["iteration"]}: {row["stable"]:.1%} assigned as before, {row["relied_on"]:,} relied on, '
-            f'criterion {row["criterion"]:.3f}, sizes {row["sizes"]}')
-    if 'acc' in row:
-        line += f'; ACC {row["acc"]:.3f}, NMI {row["nmi"]:.3f}, ARI {row["ari"]:.3f}, purity {row["purity"]:.3f}'
-    if row['held']:
-        line += '\nWARNING: the new clusters are worse by the criterion and not learned from; those before are kept'
-    if row['live_clusters'] < len(row['sizes']):
-        line += f'\nWARNING: only {row["live_clusters"]} of {len(row["sizes"])} clusters are alive'
-    return line
-
-
-DIGITS = '75557 26227 71747 71717 55711 74717 74757 71111 75757 75717'.split()   # 3x5 dots: an octal digit is a row
+DIGITS = '75557 26227 71747 71717 55711 74717 74757 71111 75757 75717'.split()     # 3 x 5 dots; a row is octal
 
 
 def captioned(x, numbers):
-    """Pictures (n, C, H, W) uint8, enlarged to 84 pixels or more, each above its number: (n, C, H', W') uint8."""
-    zoom = -(-84 // x.shape[3])
+    """Images (n, C, H, W) uint8, enlarged to a width of 84 or more, each above its number: (n, C, H', W')."""
+    zoom = math.ceil(84 / x.shape[3])
     x = x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     band = x.new_zeros(*x.shape[:2], 14, x.shape[3])
     for caption, number in zip(band, numbers):
-        rows = [''.join(f'{int(DIGITS[int(d)][r]):03b}0' for d in str(int(number))) for r in range(5)]
-        dots = x.new_tensor([[255 * int(c) for c in row] for row in rows])
-        dots = dots.repeat_interleave(2, 0).repeat_interleave(2, 1)
-        caption[:, 2:12, 2:2 + dots.shape[1]] = dots[:, :x.shape[3] - 2]
+        for i, digit in enumerate(str(int(number))[:10]):
+            dots = [[255 * int(dot) for dot in f'{int(row):03b}'] for row in DIGITS[int(digit)]]
+            dots = x.new_tensor(dots).repeat_interleave(2, 0).repeat_interleave(2, 1)
+            caption[:, 2:12, 2 + 8 * i:8 + 8 * i] = dots
     return torch.cat([x, band], 2)
 
 
-# ---------------------------------------------------------------------------------------- as text
+# ------------------------------------------------------------------------------------------ as text
 
-# key in metrics.json, name, digits in a report and in a table of runs ('': not there), the convention it follows
+def say(text):
+    """Print lines of text; what stdout can't encode becomes a question mark."""
+    encoding = sys.stdout.encoding or 'utf-8'
+    print(text.encode(encoding, 'replace').decode(encoding), flush=True)
+
+
+# key in metrics.json, name, format in a report and in a table of runs ('': not there), convention
 MEASURES = [
     ('accuracy', 'accuracy', '.2%', '.1%', 'from {labels:,} labels'),
-    ('estimate', 'estimate', '.2%', '', 'of the accuracy at the last round, from the answers'),
+    ('estimate', 'estimate', '.1%', '.1%', 'of the accuracy, 95 % interval, from {audits} random answers'),
     ('mse', 'MSE', '.4f', '.4f', 'of reconstructions, pixels 0..1'),
     ('ssim', 'SSIM', '.3f', '.3f', '11 taps, sigma 1.5, no padding'),
-    ('psnr', 'PSNR', '.1f', '', 'dB, mean over pictures'),
+    ('psnr', 'PSNR', '.1f', '', 'dB, mean over images'),
     ('active_units', 'active units', 'd', '', 'latent units whose mean has a variance over 0.01'),
     ('knn', 'kNN', '.2%', '.1%', 'cosine, k 20, weighted; {knn_labels:,} labels'),
     ('probe', 'linear probe', '.2%', '.1%', '{probe_labels:,} labels, l2 {probe_l2:g}'),
@@ -94,81 +100,320 @@ MEASURES = [
     ('kmeans_nmi', 'k-means NMI', '.3f', '.3f', 'arithmetic mean of the entropies'),
     ('kmeans_ari', 'k-means ARI', '.3f', '', '0 by chance'),
     ('kmeans_purity', 'k-means purity', '.3f', '', 'rises with k'),
-    ('features', 'features', 'd', '', 'effective rank {effective_rank:.1f}, mean standard deviation {feature_std:.3f}'),
-    ('live_clusters', 'live clusters', 'd', '', 'of {clusters}, by {by}, of sizes {sizes}'),
+    ('features', 'features', 'd', '', 'effective rank {effective_rank:.1f}, deviation {feature_std:.3f}'),
+    ('live_clusters', 'live clusters', 'd', '', 'of {clusters}, of sizes {sizes}'),
     ('acc', 'ACC', '.3f', '.3f', 'Hungarian, on the {mapping} labels'),
     ('nmi', 'NMI', '.3f', '.3f', 'arithmetic mean of the entropies'),
     ('ari', 'ARI', '.3f', '.3f', '0 by chance'),
     ('purity', 'purity', '.3f', '.3f', 'rises with the number of clusters'),
-    ('mean_f1', 'F1', '.3f', '', 'mean over classes{each}')]
+    ('mean_f1', 'F1', '.3f', '', 'mean over classes, of {predictor}')]
+COLUMNS = [(key, name, form) for key, name, _, form, _ in MEASURES if form]
+COLUMNS += [(key, key, '.0f') for key in ('labels', 'epochs', 'seconds')]
 
 
-def measures(m):
-    """metrics.json as rows (what, value, convention)."""
-    m = {**m, 'by': 'a vote of neighbours' if m.get('voted') else 'the network'}
-    if 'accuracy' in m or 'acc' in m:                                      # else it is the probe's, told by the page
-        each = ' '.join(f'{v:.2f}' for v in m['f1'])
-        m.update(mean_f1=statistics.mean(m['f1']), each=f', of the matched clusters: {each}' if 'acc' in m else '')
-    return [(what, f'{m[key]:{form}}', convention.format(**m)) for key, what, form, _, convention in MEASURES
-            if key in m]
+def predictor(metrics):
+    """Whose predictions the F1 and the confusion matrix of a metrics.json are about."""
+    if 'probe' in metrics:
+        return 'the linear probe'
+    return 'the matched clusters' if 'acc' in metrics else 'the classifier'
+
+
+def estimate_of(metrics):
+    """The estimated accuracy as text, never without its interval; of several metrics the means."""
+    known = [m for m in metrics if m.get('estimate') is not None]
+    if not known:
+        return 'too few to say'
+    mean, low, high = (100 * statistics.mean(m[key] for m in known)
+                       for key in ('estimate', 'estimate_low', 'estimate_high'))
+    return f'{mean:.1f}% ({low:.1f} to {high:.1f})'
+
+
+def measures(metrics):
+    """metrics.json as rows (name, value, convention)."""
+    rows, known = [], {'audits': 'under a dozen', 'predictor': predictor(metrics), **metrics}
+    for key, name, form, _, convention in MEASURES:
+        if key == 'estimate' and metrics['method'] == 'query':
+            rows.append((name, estimate_of([metrics]), convention.format(**known)))
+        elif metrics.get(key) is not None:
+            rows.append((name, f'{metrics[key]:{form}}', convention.format(**known)))
+    return rows
 
 
 def describe(metrics):
     """metrics.json as lines of text."""
-    lines = [f'measured on {metrics["n"]:,} {metrics["split"]} pictures'] if 'n' in metrics else []
-    lines += [f'  {what:<15} {value:<9} {convention}' for what, value, convention in measures(metrics)]
+    lines = [f'measured on {metrics["n"]:,} {metrics["split"]} images'] if 'n' in metrics else []
+    lines += [f'  {name:<15} {value:<9} {convention}' for name, value, convention in measures(metrics)]
     if metrics['left_out']:
         lines.append(f'  left out for want of labels: {", ".join(metrics["left_out"])}')
     return '\n'.join(lines)
 
 
-COLUMNS = [(key, key, '.0f') for key in ('epochs', 'seconds', 'labels')] + [
-    (key, what, form) for key, what, _, form, _ in MEASURES if form]
-
-
-def kind(config, *but):
-    """What runs that differ only by seed, or in the flags `but`, have in common: also of runs on one another's
-    encoders, whose names hold the seed."""
-    args = config['args']
-    return repr([(k, v) for k, v in sorted(args.items()) if k not in runs.HERE | {'seed', *but}]).replace(
-        f'-seed={args["seed"]}', '')
-
-
-def compare(folders):
-    """Table of finished runs: those that differ only by seed are one row, mean +- spread over seeds."""
-    groups = {}
-    for folder in map(Path, folders):
-        config = runs.read_config(folder)
-        metrics = runs.read_json(folder / 'metrics.json') if (folder / 'metrics.json').exists() else None
-        for key, _, _ in COLUMNS if metrics else ():
-            if not isinstance(metrics.get(key, 0), (int, float, type(None))):
-                raise ValueError(f'{folder / "metrics.json"} has {metrics[key]!r} for {key}; wanted a number')
-        key = kind(config)
-        if config['args']['seed'] in [c['args']['seed'] for c, _, _ in groups.get(key, [])]:
-            key += str(folder)                                              # the same run twice is no spread
-        groups.setdefault(key, []).append((config, metrics, folder.name))
-    columns = [c for c in COLUMNS if any(m and m.get(c[0]) is not None for g in groups.values() for _, m, _ in g)]
-    lines = [['method', 'seeds'] + [title for _, title, _ in columns]]
-    for group in groups.values():
-        done = [m for _, m, _ in group if m]
-        name = group[0][2] if len(group) == 1 else group[0][2].replace(f'-seed={group[0][0]["args"]["seed"]}', '')
-        lines.append([name, str(len(done))] + [_cell([m.get(key) for m in done], form) for key, _, form in columns])
-    return lines
-
-
 def table(lines):
     """Rows of cells as aligned text: the first column left, the others right."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return '\n'.join('  '.join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                               for i, (cell, w) in enumerate(zip(line, widths))) for line in lines)
+    text = []
+    for first, *cells in lines:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        text.append('  '.join([first.ljust(widths[0]), *cells]))
+    return '\n'.join(text)
 
 
-def _cell(values, form):
+# --------------------------------------------------------------------------------------- many runs
+
+def read_runs(folders):
+    """([(folder, config, metrics)], a sentence for each folder that can't be read); unfinished: no metrics.
+
+    ValueError if none can be read.
+    """
+    found, errors = [], []
+    for folder in map(Path, folders):
+        path = folder / 'metrics.json'
+        try:
+            config = runs.read_config(folder)
+            found.append((folder, config, runs.read_json(path) if path.exists() else {}))
+        except (ValueError, OSError) as e:
+            errors.append(str(e))
+    if errors and not found:
+        raise ValueError(errors[0])
+    return found, errors
+
+
+def without_seed(text):
+    return re.sub('-seed=[0-9]+', '', text)
+
+
+def setting(config, *but):
+    """What runs that differ only by seed, or in the flags `but`, have in common, as text."""
+    ignored = runs.NOT_IN_IDENTITY | {'seed', *but}
+    kept = [(key, value) for key, value in sorted(config['args'].items()) if key not in ignored]
+    return without_seed(repr(kept))                                     # the name of an encoder holds one too
+
+
+def by_setting(found):
+    """The runs in groups of those that differ only by seed; a seed's second run is in another group: no spread."""
+    groups, seen = {}, Counter()
+    for run in found:
+        key, seed = setting(run[1]), run[1]['args']['seed']
+        groups.setdefault((key, seen[key, seed]), []).append(run)
+        seen[key, seed] += 1
+    return list(groups.values())
+
+
+def compare(folders):
+    """Table of runs as rows of cells: those that differ only by seed are one row, mean±deviation over seeds.
+
+    A run that can't be read is named in a printed line; ValueError if none can.
+    """
+    found, errors = read_runs(folders)
+    for error in errors:
+        say(f'left out: {error}')
+    return rows_of(found)
+
+
+def rows_of(found):
+    there = {key for *_, metrics in found for key in metrics if metrics[key] is not None}
+    columns = [(key, name, form) for key, name, form in COLUMNS if key in there]
+    lines = [['run', 'seeds'] + [name for _, name, _ in columns]]
+    for group in by_setting(found):
+        name = group[0][0].name
+        if len(group) > 1:
+            name = without_seed(name)
+        done = [metrics for *_, metrics in group if metrics]
+        lines.append([name, str(len(done))] + [cell(done, key, form) for key, _, form in columns])
+    return lines
+
+
+def cell(done, key, form):
     """'-' without a value, the value itself, or mean±standard deviation of several seeds."""
-    values = [v for v in values if v is not None]
+    values = [metrics[key] for metrics in done if metrics.get(key) is not None]
     if not values:
         return '-'
+    if key == 'estimate':
+        return estimate_of(done)
     mean = f'{statistics.mean(values):{form}}'
     if len(values) == 1 or form == '.0f':
         return mean
-    return f'{mean}±{format(statistics.stdev(values), form).rstrip("%")}'
+    return mean + '±' + f'{statistics.stdev(values):{form}}'.rstrip('%')
+
+
+def write_comparison(path, folders):
+    """One page about many runs: the table of compare(), accuracy against labels, validation losses."""
+    found, errors = read_runs(folders)
+    losses, links = {}, []
+    for folder, config, _ in found:
+        curve = [(row['epoch'], row.get('val_loss')) for row in runs.read_log(folder)]
+        losses.setdefault(config['args']['method'], {})[folder.name] = curve
+    for group in by_setting(found):
+        links.append([(config['args']['seed'], os.path.relpath(folder, Path(path).parent))
+                      for folder, config, _ in group])
+    write_page(path, {'title': 'Runs compared', 'table': rows_of(found), 'links': links, 'errors': errors,
+                      'accuracy': accuracy_curves(found), 'losses': losses})
+
+
+def accuracy_curves(found):
+    """{name: [(labels, accuracy)]}: runs that differ only in the number of labels or the seed are one curve."""
+    curves = {}
+    for folder, config, metrics in found:
+        if metrics.get('labels') and metrics.get('accuracy'):
+            name = re.sub('-(seed|labels|budget)=[0-9.]+', '', folder.name)
+            name, points = curves.setdefault(setting(config, 'labels', 'budget'), (name, {}))
+            points.setdefault(metrics['labels'], []).append(metrics['accuracy'])
+    return {name: [(n, statistics.mean(points[n])) for n in sorted(points)] for name, points in curves.values()}
+
+
+# ------------------------------------------------------------------------------------ the page of a run
+
+def write_page(path, content):
+    """Write report.html with this content."""
+    page = Path(__file__).with_name('report.html').read_text('utf-8')
+    content = json.dumps(content).replace('<', '\\u003c')               # so that no text ends the script
+    runs.write_atomic(path, page.replace('CONTENT', content).encode())
+
+
+def write_report(folder, config, metrics, shown):
+    """report.html of a run folder.
+
+    shown: what was measured, from evaluate.measure, measure_classifier or measure_clusters; of runs that paid
+    for labels also 'asked': (images, rows of LabelDatabase.history(), LabelDatabase.rounds()).
+    """
+    classes, seed = config['data']['classes'], config['args']['seed']
+    content = {'title': folder.name, 'config': config, 'metrics': metrics, 'measures': measures(metrics),
+               'predictor': predictor(metrics), 'log': runs.read_log(folder),
+               'pngs': {path.stem: embedded(path.read_bytes()) for path in pngs(folder)},
+               'maps': feature_maps(shown, classes, seed)}
+    if 'probs' in shown and 'y' in shown:
+        content['wrong'] = most_wrong(shown, classes)
+    if 'clusters' in shown:
+        content['clusters'] = clusters(shown, classes, seed)
+    if 'asked' in shown:
+        content['labels'] = paid_labels(*shown['asked'], classes)
+    write_page(folder / 'report.html', content)
+
+
+def pngs(folder):
+    """Paths of the images that a run's method has drawn."""
+    paths = [folder / f'{stem}.png' for stem in PNGS]
+    return [path for path in paths if path.exists()]
+
+
+def embedded(blob):
+    """The bytes of a PNG as an address."""
+    return 'data:image/png;base64,' + base64.b64encode(blob).decode()
+
+
+def thumbnails(x, side=64):
+    """Images (n, C, H, W) uint8 as float 0..1, no side longer than this."""
+    scale = min(1, side / max(x.shape[2:]))
+    return F.interpolate(x.cpu().float() / 255, scale_factor=scale, mode='area')
+
+
+def gallery(x, captions):
+    """Images (n, C, H, W) uint8 as [(address, caption)]."""
+    x = [png(sheet(image[None], gap=0, zoom=1)) for image in thumbnails(x)]
+    return [(embedded(blob), caption) for blob, caption in zip(x, captions)]
+
+
+def feature_maps(shown, classes, seed, most=2000):
+    """The features of at most `most` images in two dimensions, by PCA and t-SNE, with their classes, or else
+    those that were predicted."""
+    ids = features.sample(len(shown['h']), most, seed)
+    h, maps = shown['h'].cpu()[ids].float(), {}
+    if len(h) < 4 or not h.isfinite().all():
+        return None
+    if 'y' in shown:
+        maps = {'by': 'class', 'kinds': shown['y'].cpu()[ids].tolist()}
+    elif 'probs' in shown:
+        maps = {'by': 'predicted class', 'kinds': shown['probs'].argmax(1).cpu()[ids].tolist()}
+    y, kl = features.tsne(h, PERPLEXITY)
+    pca = features.principal(h)
+    variance = pca.var(0) / h.var(0).sum()
+    return {**maps, 'names': classes, 'pca': pca.tolist(), 'variance': variance.tolist(),
+            'tsne': y.tolist(), 'kl': kl, 'perplexity': PERPLEXITY}
+
+
+def most_wrong(shown, classes, n=24):
+    """Gallery of the wrong predictions that were made with the most confidence."""
+    (confidence, pred), y = shown['probs'].cpu().max(1), shown['y'].cpu()
+    wrong = (pred != y).nonzero().flatten()
+    ids = wrong[confidence[wrong].argsort(descending=True)[:n]]
+    captions = [f'{classes[y[i]]}, predicted {classes[pred[i]]}, {confidence[i]:.1%}' for i in ids]
+    return gallery(shown['x'][ids], captions)
+
+
+def clusters(shown, classes, seed, n=8):
+    """Of each cluster its size, the class it is matched to, and members drawn at random, with their classes."""
+    found = []
+    for k in range(min(30, len(shown['centres']))):
+        members = (shown['clusters'].cpu() == k).nonzero().flatten()
+        ids, name, captions = members[features.sample(len(members), n, seed, 'members', k)], '', [''] * n
+        if 'mapping' in shown:
+            name = classes[shown['mapping'][k]] if k in shown['mapping'] else 'no class'
+            captions = [classes[y] for y in shown['y'].cpu()[ids]]
+        found.append({'size': len(members), 'name': name, 'images': gallery(shown['x'][ids], captions)})
+    return found
+
+
+def paid_labels(x, rows, rounds, classes, n=24):
+    """Accuracy estimated against the number of labels, labels by class, the newest that were not predicted."""
+    estimates = []
+    for number, (_, estimate) in rounds.items():
+        if estimate:
+            before = sum(row[2] < number for row in rows)
+            estimates.append((before, estimate.mean, estimate.low, estimate.high))
+    counts = Counter(y for _, y, _, _ in rows)
+    other = [i for i, (_, y, _, pred) in enumerate(rows) if pred not in (None, y)][-n:]
+    captions = [f'{classes[rows[i][1]]}, predicted {classes[rows[i][3]]}' for i in other]
+    return {'estimates': estimates, 'counts': [counts[k] for k in range(len(classes))],
+            'other': gallery(x[other], captions)}
+
+
+# --------------------------------------------------------------------------------- the end of a run
+
+def finish(run, ds, metrics, shown, began):
+    """Write report.html, TensorBoard's files if they are asked for, then metrics.json, which makes the run a
+    finished one; say what it holds and where to look. began: time.monotonic() when measuring began."""
+    args, rows = run.config['args'], runs.trained(runs.read_log(run.folder))
+    last = rows[-1] if rows else {'epoch': None, 'seconds': 0.0}        # nothing was trained
+    metrics.update(method=args['method'], epochs=last['epoch'], seconds=last['seconds'],
+                   measuring_seconds=round(time.monotonic() - began, 1))
+    write_report(run.folder, run.config, metrics, shown)
+    if args['tensorboard']:
+        write_tensorboard(run.folder, metrics, shown, ds.classes, args['seed'])
+    run.write_metrics(metrics)
+    say(f'{describe(metrics)}\n-> {run.folder}/report.html')
+    if args['tensorboard']:
+        say(f'-> {run.folder}/tensorboard, which tensorboard --logdir {run.folder} shows')
+
+
+def tensorboard_writer():
+    """torch's SummaryWriter. ValueError, one sentence, if it or what its images need can't be imported."""
+    try:
+        import PIL.Image                                                # noqa: F401
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as e:                                              # its packages may fail in any way
+        reason = ' '.join(str(e).split())
+        raise ValueError('--tensorboard needs the packages tensorboard and pillow, which can not be imported '
+                         f'here ({reason}); python -m pip install tensorboard pillow gets them') from None
+    return SummaryWriter
+
+
+def write_tensorboard(folder, metrics, shown, classes, seed, most=2000):
+    """Folder `tensorboard` of a run: numbers by epoch and measures as scalars, its PNGs, and for the
+    projector the features of at most `most` measured images with their classes."""
+    from PIL import Image
+    shutil.rmtree(folder / 'tensorboard', ignore_errors=True)
+    rows = [('training', row['epoch'], row) for row in runs.read_log(folder)]
+    rows.append(('measured', metrics['epochs'] or 0, metrics))
+    ids = features.sample(len(shown['h']), most, seed)
+    names = [classes[k] for k in shown['y'].cpu()[ids]] if 'y' in shown else None
+    x = thumbnails(shown['x'][ids])
+    with tensorboard_writer()(folder / 'tensorboard') as writer:
+        for group, epoch, values in rows:
+            for key, value in values.items():
+                if isinstance(value, (int, float)) and key != 'epoch':
+                    writer.add_scalar(f'{group}/{key}', value, epoch)
+        for path in pngs(folder):
+            image = np.array(Image.open(path))
+            writer.add_image(path.stem, image, dataformats='HWC'[:image.ndim])
+        square = x.shape[2] == x.shape[3]                               # its sprites are
+        writer.add_embedding(shown['h'].cpu()[ids], names, x if square else None)

@@ -1,10 +1,14 @@
-"""The run folder: config.json, log.jsonl, checkpoint.pt, metrics.json, and a lock while a run is alive.
+"""A run folder: config.json, log.jsonl, checkpoint.pt, metrics.json; and how to open a finished one.
 
-Every file is written whole beside its place and then renamed into it, so a kill at any moment leaves
-either the old file or the new one.
+Every file is written whole beside its place and then renamed into it, so that a kill at any moment leaves
+the old file or the new one.
+
+    run = runs.open_run('runs/simclr')
+    features = run.encode(images)              # uint8 (N, H, W) or (N, H, W, C)
 """
+import argparse
+import csv
 import difflib
-import hashlib
 import io
 import json
 import math
@@ -13,34 +17,41 @@ import platform
 import re
 import shlex
 import shutil
-import sqlite3
 import sys
-import time
 import zipfile
-from contextlib import closing
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import scipy
 import torch
 
-import distributed
+import augment
+import data
+import features
+import nets
+from device import autocast, clock, pick_device, set_deterministic
 
 try:
     import fcntl
-except ImportError:                                    # Windows has no flock; there, no lock is taken
+except ImportError:                                     # Windows has no flock; there, no lock is taken
     fcntl = None
 
-HERE = {'name', 'resume', 'overwrite', 'device', 'save_every', 'perplexity', 'tensorboard'}    # how it is run, not what
-CHECKPOINTS = ('checkpoint.new.pt', 'checkpoint.pt', 'checkpoint.previous.pt')      # newest first
-MAY_CHANGE = ('epochs', 'answers', 'device', 'save_every', 'perplexity', 'tensorboard')            # on resume
+# arguments that say how a run is made, not what it is: they may change on --resume
+NOT_IN_IDENTITY = {'name', 'resume', 'overwrite', 'device', 'data', 'answers', 'port', 'tensorboard', 'search',
+                   'over'}
+CHECKPOINTS = ('checkpoint.new.pt', 'checkpoint.pt', 'checkpoint.previous.pt')          # newest first
 
 
-def free(args):
-    """Names of the arguments that may change on resume, or tell how it is run, not what; args: the run's. The --epochs
-    of a clustering are the length of an iteration, and may not."""
-    return HERE | set(MAY_CHANGE) - ({'epochs'} if 'iterations' in args else set())
+# -------------------------------------------------------------------------------------------- files
+
+@contextmanager
+def writing(path):
+    """An OSError inside, which may not know what was written, gets the name of the file."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
 
 
 def write_atomic(path, blob):
@@ -48,7 +59,7 @@ def write_atomic(path, blob):
     path = Path(path)
     temporary = path.with_name(path.name + '.tmp')
     try:
-        with open(temporary, 'wb') as f:
+        with writing(path), open(temporary, 'wb') as f:
             f.write(blob)
             f.flush()
             os.fsync(f.fileno())
@@ -58,239 +69,88 @@ def write_atomic(path, blob):
         raise
 
 
+def csv_text(header, rows):
+    """A table as the text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([header, *rows])
+    return text.getvalue()
+
+
+def write_csv(path, header, rows):
+    """Atomically, as UTF-8 on any system."""
+    write_atomic(path, csv_text(header, rows).encode())
+
+
 def write_json(path, value):
-    """Atomically, as strict JSON: a number that is not finite is written as null."""
+    """Atomically; a number that is not finite is written as null."""
     write_atomic(path, (json.dumps(_finite(value), indent=1) + '\n').encode())
 
 
 def _finite(value):
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _parse(text):
-    """Value of a JSON text; ValueError also for deep nesting and numbers no file of ours holds: nan, 1e999."""
-    def number(text, kind=float):
-        if not abs(value := kind(text)) < 1e300:
-            raise ValueError(f'the number {text[:20]} in it')
-        return value
-    try:
-        return json.loads(text, parse_float=number, parse_int=partial(number, kind=int), parse_constant=number)
-    except RecursionError:
-        raise ValueError('nested too deep') from None
-
-
 def read_json(path):
     """Object in a JSON file; ValueError with one sentence if it is not one."""
-    try:
-        value = _parse(Path(path).read_text('utf-8'))
-    except ValueError as e:                            # bad UTF-8, bad JSON, an endless number, deep nesting
-        again = "; its run's command with --resume writes it anew" if Path(path).name == 'metrics.json' else ''
-        raise ValueError(f'{path} is not readable JSON ({e}){again}') from None
-    if not isinstance(value, dict):
-        raise ValueError(f'{path} holds a {type(value).__name__}; wanted an object')
+    with data.naming(path):
+        value = json.loads(Path(path).read_text('utf-8'))
+        if not isinstance(value, dict):
+            raise ValueError(f'it holds a {type(value).__name__}; wanted an object')
     return value
 
 
-def flag(key, value):
-    """How an argument is typed: ('batch_size', 64) -> '--batch-size 64', ('flip', False) -> '--no-flip'."""
-    name = key.replace('_', '-')
-    if isinstance(value, bool):
-        return f'--{name}' if value else f'--no-{name}'
-    words = [str(v) for v in (value if isinstance(value, (list, tuple)) else [value]) if v != '']
-    return f'--{name} {shlex.join(words)}'
+def read_log(folder):
+    """Rows of log.jsonl up to the first line that is torn."""
+    path, rows = Path(folder) / 'log.jsonl', []
+    lines = path.read_text('utf-8', errors='replace').splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            row['epoch'] + 1
+        except (ValueError, TypeError, KeyError, RecursionError):
+            break
+        rows.append(row)
+    return rows
 
 
-def describe(args, ds, device):
-    """config.json: every argument, what data, which versions, where."""
-    return {'args': args,
-            'data': {'name': ds.name, 'digest': ds.digest, 'shape': ds.shape, 'train': len(ds.x_train),
-                     'test': 0 if ds.x_test is None else len(ds.x_test), 'classes': ds.classes},
-            'versions': {'python': platform.python_version(), 'torch': torch.__version__,
-                         'numpy': np.__version__, 'scipy': scipy.__version__},
-            'machine': {'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device),
-                        'system': platform.platform(), 'threads': torch.get_num_threads()},
-            'command': shlex.join(['python', *sys.argv])}
+def trained(rows):
+    """The rows of a log that end an epoch; the others tell of an assignment to clusters."""
+    return [row for row in rows if 'loss' in row]
 
 
 def read_config(folder):
     """config.json of a run folder; ValueError with one sentence if it is not one."""
-    path = Path(folder) / 'config.json'
+    folder = Path(folder)
+    path = folder / 'config.json'
     if not path.exists():
-        others = [p.parent.name for p in Path(folder).parent.glob('*/config.json')]
-        near = difflib.get_close_matches(Path(folder).name, others, 1)
-        raise ValueError(f'{folder} is not a run folder: it has no config.json' + (
-            f'; did you mean {Path(folder).with_name(near[0])}?' if near else ''))
+        others = sorted(p.parent for p in folder.parent.glob('*/config.json'))
+        near = difflib.get_close_matches(folder.name, [p.name for p in others], 1)
+        there = ', '.join(map(str, others[:10])) or 'none'
+        hint = f'did you mean {folder.with_name(near[0])}?' if near else f'the runs there: {there}'
+        raise ValueError(f'{folder} is not a run folder: it has no config.json; {hint}')
     config = read_json(path)
-    if config.pop('sha256', None) not in (None, _sha256(config)):          # older runs have none
-        raise ValueError(f'{path} is damaged or was changed by hand: its content does not match its digest')
-    args, pictures = config.get('args'), config.get('data')
-    if not (isinstance(args, dict) and {'method', 'seed'} <= set(args)
-            and isinstance(pictures, dict) and 'digest' in pictures):
-        raise ValueError(f'{path} lacks the arguments or the data digest; was it written by ssl.py?')
-    return config
-
-
-def _sha256(config):
-    return hashlib.sha256(json.dumps(_finite(config), sort_keys=True).encode()).hexdigest()
-
-
-def _answered(path):
-    """Does a label database hold an answer, or can't it be told?"""
-    if not path.exists():
-        return False
     try:
-        with closing(sqlite3.connect(path)) as db:
-            return bool(db.execute('SELECT count(time) FROM queries').fetchone()[0])
-    except sqlite3.OperationalError as e:
-        return 'no such table' not in str(e)
-    except sqlite3.Error:
-        return True
-
-
-class Run:
-    """One run folder, opened for writing and locked until the process ends."""
-
-    def __init__(self, folder, config, typed=(), resume=False, overwrite=False):
-        """config as from describe(); typed: names of the arguments that were typed. On resume the others
-        come from the folder's config.json, and a typed one that differs from it is an error that names it."""
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        exists = (self.folder / 'config.json').exists()
-        if exists and not (resume or overwrite):
-            raise ValueError(f'{folder} exists; add --resume to continue it, --overwrite to start again, '
-                             'or another --name')
-        if exists and resume:
-            old = read_config(self.folder)
-            config = self._merge(old, config, typed)
-            config = old if self.finished else config                        # the versions and machine that made it
-        else:
-            for old in ('log.jsonl', 'metrics.json', 'predictions.csv', 'predictions.npz', 'wanted.csv', 'report.html',
-                        '*.png', '*.svg', '*.pt'):
-                for path in self.folder.glob(old):
-                    path.unlink()
-            shutil.rmtree(self.folder / 'tensorboard', ignore_errors=True)
-            aside = _answered(self.folder / 'labels.sqlite')                 # a person may have worked for hours on it
-            for end in ('.sqlite', '.sqlite-journal'):
-                now, before = self.folder / f'labels{end}', self.folder / f'labels.previous{end}'
-                if aside and now.exists():
-                    os.replace(now, before)
-                else:
-                    (before if aside else now).unlink(missing_ok=True)
-        self.config = config
-        write_json(self.folder / 'config.json', {**config, 'sha256': _sha256(config)})
-
-    def _lock(self):
-        if fcntl:
-            self._held = open(self.folder / '.lock', 'w')        # noqa: SIM115 - held as long as the process
-            try:
-                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f'{self.folder} is in use by another process; wait for it or stop it') from None
-            except OSError:                                                  # some shared folders know no locks
-                pass
-
-    def _merge(self, old, new, typed):
-        before = old['args']
-        for key in sorted(set(typed) - free(before)):
-            if before.get(key) != new['args'][key]:
-                may = ', '.join(flag(k, '').strip() for k in MAY_CHANGE if k in free(before))
-                raise ValueError(f'{self.folder} was started with {flag(key, before.get(key))}, not '
-                                 f'{flag(key, new["args"][key])}, which can not change on --resume; use another --name '
-                                 f'({may} may change)')
-        if old['data']['digest'] != new['data']['digest']:
-            raise ValueError(f'{self.folder} was started on other data (its digest differs); use another --name')
-        kept = {k: v for k, v in before.items() if k not in typed and k not in HERE}
-        begun = {k: old[k] for k in ('encoder',) if k in old}                # what its network is, typed again or not
-        return {**new, **begun, 'args': {**new['args'], **kept}}
-
-    def withdraw(self):
-        """Take back a folder in which nothing was learned or paid for yet, after a mistake that showed late."""
-        if {p.name for p in self.folder.iterdir()} <= {'config.json', '.lock'}:
-            for name in ('config.json', '.lock'):
-                (self.folder / name).unlink(missing_ok=True)
-            self.folder.rmdir()
-
-    @property
-    def finished(self):
-        try:
-            return read_json(self.folder / 'metrics.json') is not None
-        except (ValueError, FileNotFoundError):        # torn: the run is measured again
-            return False
-
-    def log(self, row):
-        """Append one line to log.jsonl."""
-        with open(self.folder / 'log.jsonl', 'a') as f:
-            f.write(json.dumps(_finite(row)) + '\n')
-            f.flush()
-            os.fsync(f.fileno())                       # before the checkpoint that counts this epoch as done
-
-    def trim_log(self, epochs):
-        """Drop rows after `epochs` finished epochs, and a torn last line: they will be written again."""
-        rows = [row for row in read_log(self.folder) if row['epoch'] <= epochs]
-        write_atomic(self.folder / 'log.jsonl', ''.join(json.dumps(row) + '\n' for row in rows).encode())
-
-    def write_metrics(self, metrics):
-        write_json(self.folder / 'metrics.json', metrics)
-
-    def save(self, state):
-        """Save a checkpoint; the one before it stays as checkpoint.previous.pt.
-
-        Killed between the two renames, it is still there as checkpoint.new.pt.
-        """
-        path, new = self.folder / 'checkpoint.pt', self.folder / 'checkpoint.new.pt'
-        write_state(new, state)
-        if path.exists():
-            os.replace(path, self.folder / 'checkpoint.previous.pt')
-        os.replace(new, path)
-
-    def load(self):
-        return newest_checkpoint(self.folder)
-
-
-def write_state(path, state):
-    """Write a nested state of tensors and plain types, with its digest, atomically."""
-    blob = io.BytesIO()
-    torch.save({**state, 'digest': state_digest(state)}, blob)
-    write_atomic(path, blob.getvalue())
-
-
-def newest_checkpoint(folder):
-    """State of the newest whole checkpoint or None; a damaged one is named and the one before it taken."""
-    damaged = []
-    for name in CHECKPOINTS:
-        if (path := Path(folder) / name).exists():
-            try:
-                state = load_checkpoint(path)
-            except ValueError as e:
-                damaged.append(str(e))
-            else:
-                if damaged:
-                    print(f'{damaged[0]}; the one before it is taken', file=sys.stderr)
-                return state
-    if damaged:
-        raise ValueError(f'{damaged[0]}, and no whole one is left; start again with --overwrite')
-    return None
-
-
-def trained(rows):
-    """The rows of a log that end an epoch; others tell of an assignment to clusters."""
-    return [row for row in rows if 'loss' in row]
+        config['args']['method'], config['args']['seed'], config['data']['digest']
+    except (KeyError, TypeError):
+        raise ValueError(f'{path} lacks the arguments or the data; was it written by ssl.py?') from None
+    return config
 
 
 def state(folder):
     """One line about a run folder: running, finished, or stopped at which epoch, or what is wrong with it."""
+    folder = Path(folder)
     try:
         args, rows = read_config(folder)['args'], trained(read_log(folder))
-    except ValueError as e:
+        finished = (folder / 'metrics.json').exists() and read_json(folder / 'metrics.json')
+    except (ValueError, OSError) as e:
         return str(e)
-    of = f' of {args["epochs"]}' if 'epochs' in args and 'iterations' not in args else ''    # there it is of each
+    of = f' of {args["epochs"]}' if 'epochs' in args and 'iterations' not in args else ''
     at = f'epoch {rows[-1]["epoch"] if rows else 0}{of}'
-    if (Path(folder) / 'metrics.json').exists():
+    if finished:
         return 'finished' + (f' after {at}, {clock(rows[-1].get("seconds") or 0)}' if rows else '')
     return f'{"running" if locked(folder) else "stopped"} at {at}'
 
@@ -305,134 +165,305 @@ def locked(folder):
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except OSError:
+        except OSError:                                 # some shared folders know no locks
             pass
     return False
 
 
-class Silent:
+# ------------------------------------------------------------------------------------- checkpoints
+
+def write_state(path, state):
+    """Write a nested state of tensors and plain types atomically."""
+    blob = io.BytesIO()
+    torch.save(state, blob)
+    write_atomic(path, blob.getvalue())
+
+
+def load_checkpoint(path):
+    """State saved by write_state, on the CPU. ValueError, one sentence, when it is damaged.
+
+    Only plain types and tensors are read (weights_only), so that a hostile file runs nothing. torch's format
+    is a zip without packing: each part has a checksum, and what would unpack to more than the file is refused.
+    """
+    with data.naming(path):
+        with zipfile.ZipFile(path) as z:
+            unpacked = sum(part.file_size for part in z.infolist())
+            if unpacked > Path(path).stat().st_size or z.testzip():
+                raise ValueError('the checkpoint is damaged')
+        return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def newest_checkpoint(folder):
+    """State of the newest readable checkpoint or None; a damaged one is named and the one before it taken."""
+    damaged = []
+    for path in (Path(folder) / name for name in CHECKPOINTS):
+        if not path.exists():
+            continue
+        try:
+            found = load_checkpoint(path)
+        except ValueError as e:
+            damaged.append(str(e))
+            continue
+        if damaged:
+            print(f'{damaged[0]}; the one before it is taken', file=sys.stderr)
+        return found
+    if damaged:
+        raise ValueError(f'{damaged[0]}, and no other is left; start again with --overwrite')
+    return None
+
+
+# ------------------------------------------------------------------------------- the folder of a run
+
+def flag(key, value):
+    """How an argument is typed: ('batch_size', 64) -> '--batch-size 64', ('flip', False) -> '--no-flip'."""
+    name = key.replace('_', '-')
+    if isinstance(value, bool):
+        return f'--{name}' if value else f'--no-{name}'
+    return f'--{name} {shlex.quote(str(value))}'
+
+
+def default_name(method, changed):
+    """simclr-temperature=0.5-seed=1: the method and the arguments that differ from its defaults."""
+    parts = [method]
+    for key, value in changed.items():
+        parts.append(f'{key.replace("_", "-")}={f"{value:g}" if isinstance(value, float) else value}')
+    name = re.sub(r'[^\w.=+-]+', '_', '-'.join(parts))
+    return name.encode()[:150].decode(errors='ignore')          # file systems allow 255 bytes
+
+
+def describe(args, ds, device):
+    """config.json: every argument, what data, which versions, where."""
+    return {
+        'args': args,
+        'data': {'name': ds.name, 'digest': ds.digest, 'shape': ds.shape, 'classes': ds.classes, 'ids': ds.ids,
+                 'train': len(ds.x_train), 'test': 0 if ds.x_test is None else len(ds.x_test)},
+        'versions': {'python': platform.python_version(), 'torch': torch.__version__,
+                     'numpy': np.__version__, 'scipy': scipy.__version__},
+        'machine': {'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device),
+                    'system': platform.platform(), 'threads': torch.get_num_threads()},
+        'command': shlex.join(['python', *sys.argv])}
+
+
+class Run:
+    """One run folder, opened for writing and locked until the process ends."""
+
+    def __init__(self, folder, config, typed=(), resume=False, overwrite=False):
+        """config: as from describe(). typed: names of the arguments that were typed; on resume the others
+        come from the folder's config.json, and a typed one that differs from it is an error that names it."""
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        exists = (self.folder / 'config.json').exists()
+        if exists and not (resume or overwrite):
+            raise ValueError(f'{folder} exists; add --resume to continue it, --overwrite to start again, '
+                             'or another --name')
+        if exists and resume:
+            config = self._merge(read_config(self.folder), config, typed)
+        else:
+            self._clear()
+        self.config = config
+        write_json(self.folder / 'config.json', config)
+
+    def _lock(self):
+        if not fcntl:
+            return
+        self._lock_file = open(self.folder / '.lock', 'w')      # noqa: SIM115 - open as long as the process
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f'{self.folder} is in use by another process; wait for it or stop it') from None
+        except OSError:                                         # some shared folders know no locks
+            pass
+
+    def _merge(self, old, new, typed):
+        before = old['args']
+        for key in sorted(set(typed) - NOT_IN_IDENTITY):
+            if before.get(key) != new['args'][key]:
+                raise ValueError(f'{self.folder} was started with {flag(key, before.get(key))}, not '
+                                 f'{flag(key, new["args"][key])}, which can not change on --resume; '
+                                 'use another --name')
+        if old['data']['digest'] != new['data']['digest']:
+            raise ValueError(f'{self.folder} was started on other data (its digest differs); '
+                             'use another --name')
+        kept = {k: v for k, v in before.items() if k not in typed and k not in NOT_IN_IDENTITY - {'answers', 'search'}}
+        return {**old, 'args': {**new['args'], **kept}}
+
+    def _clear(self):
+        """Delete what an earlier run left. Labels that a person gave are put aside."""
+        for pattern in ('log.jsonl', 'metrics.json', '*.csv', '*.npz', 'report.html', '*.png', '*.svg', '*.pt'):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        shutil.rmtree(self.folder / 'tensorboard', ignore_errors=True)
+        labels = self.folder / 'labels.sqlite'
+        if labels.exists() and read_config(self.folder)['args'].get('oracle', 'data') != 'data':
+            number = 1
+            while (aside := self.folder / f'labels.{number}.sqlite').exists():
+                number += 1
+            os.replace(labels, aside)
+            print(f'the labels given before are kept in {aside}')
+        for path in self.folder.glob('labels.sqlite*'):
+            path.unlink()
+
+    @property
+    def finished(self):
+        try:
+            return read_json(self.folder / 'metrics.json') is not None
+        except (ValueError, FileNotFoundError):                 # torn: the run is measured again
+            return False
+
+    def log(self, row):
+        """Append one line to log.jsonl."""
+        path = self.folder / 'log.jsonl'
+        with writing(path), open(path, 'a') as f:
+            f.write(json.dumps(_finite(row)) + '\n')
+            f.flush()
+            os.fsync(f.fileno())                                # before the checkpoint that counts this epoch
+
+    def trim_log(self, epochs):
+        """Drop rows after `epochs` finished epochs, and a torn last line: they will be written again."""
+        rows = [row for row in read_log(self.folder) if row['epoch'] <= epochs]
+        write_atomic(self.folder / 'log.jsonl', ''.join(json.dumps(row) + '\n' for row in rows).encode())
+
+    def write_metrics(self, metrics):
+        """metrics.json, which makes the run a finished one."""
+        write_json(self.folder / 'metrics.json', metrics)
+
+    def save(self, state):
+        """Save a checkpoint; the one before it stays. Killed between the renames, this one is still there."""
+        path, new = self.folder / 'checkpoint.pt', self.folder / 'checkpoint.new.pt'
+        write_state(new, state)
+        if path.exists():
+            os.replace(path, self.folder / 'checkpoint.previous.pt')
+        os.replace(new, path)
+
+    def load(self):
+        """The newest readable checkpoint or None."""
+        return newest_checkpoint(self.folder)
+
+
+class SilentRun:
     """The run as the processes after the first see it: they know its folder and write nothing."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
 
-    def nothing(self, *_):
+    def log(self, *_):
         return None
 
-    log = trim_log = save = load = withdraw = nothing
+    trim_log = save = load = log
 
 
-def state_digest(state, most=math.inf):
-    """SHA-256 over every name, number and tensor of a nested state; ValueError beyond `most` bytes of them."""
-    sha, size = hashlib.sha256(), 0
-    def visit(value):
-        nonlocal size
-        size += value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 1
-        if size > most:                                # a few bytes can stand for a terabyte, or name each other
-            raise ValueError('it holds more than its size')
-        if isinstance(value, dict):
-            for key in sorted(value, key=str):
-                sha.update(f'{key}:'.encode())
-                visit(value[key])
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                visit(item)
-        elif isinstance(value, torch.Tensor):
-            sha.update(f'{value.dtype}{tuple(value.shape)}'.encode())
-            sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        else:
-            assert value is None or isinstance(value, (str, int, float))
-            sha.update(repr(value).encode())
-    visit(state)
-    return sha.hexdigest()
+# --------------------------------------------------------------------------------- networks of runs
+
+def build(config, encoder=None):
+    """The network of a config.json, initialised by its seed; encoder: a trained one to start from."""
+    args, shape = config['args'], config['data']['shape']
+    torch.manual_seed(args['seed'])
+    if 'encoder' not in args:
+        return nets.build(args['method'], args.get('net'), shape, args.get('width'), args.get('latent'),
+                          bool(args.get('recon')))
+    if encoder is None and 'encoder' in config:
+        encoder = nets.encoder_of(build(config['encoder']))
+    K = args['clusters'] if 'clusters' in args else len(config['data']['classes'])
+    if args['method'] == 'scan':
+        N = config['data']['train']
+        return nets.NeighbourVote(encoder, torch.zeros(N, encoder.dim), torch.zeros(N, K))
+    if encoder is None:
+        encoder = nets.Encoder(args['net'], shape, args['width'])
+    torch.manual_seed(args['seed'])                             # the same head, whatever the encoder
+    model = nets.Classifier(encoder, K, args['freeze'])
+    return nets.MeanTeacher(model) if args['method'] == 'query' else model
 
 
-def load_checkpoint(path):
-    """State saved by write_state, on the CPU. Only plain types and tensors are read (weights_only), so a hostile file
-    runs nothing; ValueError, one sentence, when it is damaged."""
+def initial_model(config, device):
+    """The network that a run starts from: fresh, or with the trained encoder of the run --encoder."""
+    encoder = None
+    if config['args'].get('encoder'):
+        encoder = nets.encoder_of(open_run(config['args']['encoder'], device).model)
+    return build(config, encoder).to(device, memory_format=nets.layout(device))
+
+
+class Network:
+    """A network with what is needed to use it: config as in config.json. What open_run gives."""
+
+    def __init__(self, config, model, device, folder=None):
+        self.config, self.model, self.device, self.folder = config, model.eval(), device, folder
+        self.args = argparse.Namespace(**config['args'])
+        self.amp = bool(getattr(self.args, 'amp', False))
+
+    def encode_batch(self, x):
+        """Float images (B, C, H, W) in 0..1 -> features (B, D) float32."""
+        with autocast(self.device, self.amp):
+            return self.model.encode(x).float()
+
+    def reconstruct_batch(self, x):
+        """Float images (B, C, H, W) in 0..1 -> their reconstructions."""
+        with autocast(self.device, self.amp):
+            return self.model.decode(self.model.encode(x)).float()
+
+    def predict_batch(self, x):
+        """Float images (B, C, H, W) -> class probabilities (B, K), a mean over augment.fixed_views."""
+        crop, flip = getattr(self.args, 'crop', 1) < 1, getattr(self.args, 'flip', False)
+        probs = []
+        for view in augment.fixed_views(x, crop, flip):
+            with autocast(self.device, self.amp):
+                logits = self.model(view)
+            probs.append(logits.float().softmax(1))
+        return torch.stack(probs).mean(0)
+
+    def encode(self, images, ids=None):
+        """Features (N, D) of uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W); ids: of these rows."""
+        return features.in_chunks(self.encode_batch, self._checked(images), ids=ids, device=self.device)
+
+    def predict(self, images):
+        """Class or cluster probabilities (N, K) of uint8 images; ValueError for a run without classes."""
+        if not isinstance(self.model, (nets.Classifier, nets.MeanTeacher, nets.NeighbourVote)):
+            raise ValueError(f'{self.folder} has no classes: it is a run of --method {self.args.method}; '
+                             'wanted one of classify, query, scan or cluster')
+        return features.in_chunks(self.predict_batch, self._checked(images), device=self.device)
+
+    def _checked(self, images):
+        shape = tuple(self.config['data']['shape'])
+        if isinstance(images, np.ndarray):
+            images = data.to_images('the array', images, 1)
+        if tuple(images.shape[1:]) != shape:
+            raise ValueError(f'the images are {tuple(images.shape[1:])}, and {self.folder or "this run"} was '
+                             f'trained on {shape} (channels, height, width)')
+        return images
+
+
+def open_run(folder, device=None):
+    """The network of a finished run, as trained: a Network with encode and predict.
+
+    ValueError, one sentence, if the folder holds no finished run or its files don't fit each other.
+    """
+    config = read_config(folder)
+    if not (Path(folder) / 'metrics.json').exists():
+        raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
+    set_deterministic(bool(config['args'].get('deterministic')))
+    device = pick_device(device) if device is None or isinstance(device, str) else device
+    best = Path(folder) / 'best.pt'                     # of cluster; the others have only the last
+    state = load_checkpoint(best) if best.exists() else newest_checkpoint(folder)
+    if state is None:
+        raise ValueError(f'{folder} has no checkpoint; train it again with --overwrite')
     try:
-        size = Path(path).stat().st_size
-        with zipfile.ZipFile(path) as z:               # torch stores without packing; what unpacks to more is a bomb
-            assert sum(i.file_size for i in z.infolist()) <= size
-        state = torch.load(path, map_location='cpu', weights_only=True)
-        digest = state.pop('digest')
-        whole = digest == state_digest(state, most=2 * size)
-    except OSError:
-        raise
-    except Exception as e:                             # torch.load raises nearly any type on a damaged file
-        raise ValueError(f'{path} is not a readable checkpoint ({type(e).__name__})') from None
-    if not whole:
-        raise ValueError(f'{path} is damaged: its content does not match its digest')
-    return state
+        model = build(config)
+        model.load_state_dict(state['model'])
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as e:
+        reason = ' '.join(str(e).split())[:200]
+        raise ValueError(f'{folder}: its checkpoint does not fit its config.json ({reason})') from None
+    return Network(config, model.to(device, memory_format=nets.layout(device)), device, Path(folder))
 
 
-def read_log(folder):
-    """Rows of log.jsonl up to the first line that is torn."""
-    path, rows = Path(folder) / 'log.jsonl', []
-    for line in path.read_text(errors='replace').splitlines() if path.exists() else []:
-        try:
-            row = _parse(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or not isinstance(row.get('epoch'), int) or not all(
-                isinstance(v, (int, float, type(None))) for k, v in row.items() if k != 'sizes'):
-            break
-        rows.append(row)
-    return rows
-
-
-def default_name(method, deviations):
-    """simclr-tau=0.5-seed=1: the method and what was typed differently from its defaults."""
-    parts = [method] + [f'{k.replace("_", "-")}={v:g}' if isinstance(v, float) else f'{k.replace("_", "-")}={v}'
-                        for k, v in deviations.items()]
-    return re.sub(r'[^\w.=+-]+', '_', '-'.join(parts))[:150]
-
-
-class Progress:
-    """A live line on a terminal; nothing when output is redirected, where only say() prints."""
-
-    def __init__(self, every=0.5):
-        self.quiet = distributed.rank() > 0
-        self.live, self.every, self.last, self.width = sys.stdout.isatty() and not self.quiet, every, 0.0, 0
-
-    def due(self):
-        """True when the live line wants an update: ask before computing what it shows."""
-        return self.live and time.monotonic() - self.last >= self.every
-
-    def show(self, text):
-        self.last, pad = time.monotonic(), max(0, self.width - len(text))
-        self.width = len(text)
-        print('\r' + text + ' ' * pad, end='', flush=True)
-
-    def say(self, text):
-        """Print a line that stays."""
-        if self.quiet:
-            return
-        self.clear()
-        print(text, flush=True)
-
-    def clear(self):
-        """Take the live line away."""
-        if self.live and self.width:
-            print('\r' + ' ' * self.width + '\r', end='', flush=True)
-            self.width = 0
-
-
-def progress(what, total):
-    """Function to be told how much of the total is done: on a terminal, from the second second on, it keeps a live
-    line with the time left, and takes it away when all is done."""
-    line, began = Progress(), time.monotonic()
-    def at(done):
-        took = time.monotonic() - began
-        if done < total and done and took > 1 and line.due():
-            line.show(f'{what}: {done / total:.0%}, {clock(took / done * (total - done))} left')
-        elif done >= total:
-            line.clear()
-    return at
-
-
-def clock(seconds):
-    """75 -> '1:15', 4000 -> '1:06:40'."""
-    m, s = divmod(int(seconds), 60)
-    h, m = divmod(m, 60)
-    return f'{h}:{m:02}:{s:02}' if h else f'{m}:{s:02}'
+def encoder_config(folder, shape):
+    """The part of a finished run's config.json that says what its encoder is; ValueError if it can't be used."""
+    config = read_config(folder)
+    if not (Path(folder) / 'metrics.json').exists():
+        raise ValueError(f'--encoder {folder} is not finished; continue it with its command and --resume')
+    if tuple(config['data']['shape']) != tuple(shape):
+        raise ValueError(f'--encoder {folder} was trained on images {tuple(config["data"]["shape"])}, '
+                         f'and the data has {tuple(shape)}')
+    if config['args']['method'] in ('pixels', 'pca'):
+        raise ValueError(f'--encoder {folder} holds no encoder: it is a run of '
+                         f'--method {config["args"]["method"]}')
+    return {key: config[key] for key in ('args', 'data', 'encoder') if key in config}

@@ -1,4 +1,4 @@
-"""Learn what pictures are without labels, and measure what was learned: the command line."""
+"""Learn what images show without labels, then do the job with few labels or none: the command line."""
 if __name__ == 'ssl':   # imported, not run: torch, urllib and pip mean the standard library's ssl
     import os
     import sys
@@ -12,94 +12,65 @@ else:
     import errno
     import os
     import sys
+    import unicodedata
     from pathlib import Path
 
-    # Defaults that depend on the method; a method that is missing in a row does not take the flag.
-    NETS = ('ae', 'conv', 'vae', 'simclr')
-    HEADED = ('classify', 'query', 'cluster', 'scan')
-    def all_headed(value, **others):
-        return {**dict.fromkeys(HEADED, value), **others}
+    # ------------------------------------------------------------------- methods and their defaults
+    # A method takes the flags that stand in its dict. Settings without a flag (weight_decay of the
+    # learning rate's warmup, ema) are changed here. None: found out when the run starts.
 
-    PER_METHOD = {
-        'net': dict(ae='fc', conv='resnet', vae='resnet', simclr='resnet', random='resnet', **all_headed('resnet')),
-        'width': dict(ae=1.0, conv=0.5, vae=0.5, simclr=1.0, random=1.0, **all_headed(1.0)),
-        'latent': dict(ae=64, conv=64, vae=64, pca=64),
-        'val': dict.fromkeys(NETS + ('random', 'pixels', 'pca'), 5000),
-        'epochs': dict(ae=5, conv=5, vae=5, simclr=7, classify=20, cluster=15, scan=2),
-        'batch_size': dict(ae=128, conv=128, vae=128, simclr=512, **all_headed(256, classify=128)),
-        'lr': dict(ae=1e-3, conv=2e-3, vae=2e-3, simclr=4e-3, **all_headed(1e-3)),
-        'weight_decay': dict(ae=0.0, conv=0.0, vae=0.0, simclr=1e-4, **all_headed(5e-4)),
-        'warmup': dict(ae=0.0, conv=0.5, vae=0.5, simclr=0.5, **all_headed(1.0)),
-        'schedule': dict(ae='constant', conv='cosine', vae='cosine', simclr='cosine', classify='cosine'),
-        'closing': dict(query=10, cluster=5, scan=2),
-        'patience': dict(ae=5, conv=5, vae=5),
-        'min_delta': dict(ae=0.001, conv=0.0, vae=0.0),
-        'amp': dict.fromkeys(NETS + ('random',) + HEADED),
-        'save_every': dict.fromkeys(NETS + HEADED, 60.0),
-        'sam': all_headed(0.0),
-        'noise': dict(ae=0.0, conv=0.0, simclr=0.0, **all_headed(0.0)),
-        'beta': dict(vae=1.0),
-        'likelihood': dict(vae='bernoulli'),
-        'tau': dict(simclr=0.2),
-        'encoder': dict(simclr=None, **all_headed(None)),
-        'freeze': all_headed(False),
-        'head': all_headed('linear'),
-        'labels': dict(classify=0.1),
-        'pick': dict(classify='random', query='informative'),
-        'mixup': dict(classify=0.2, cluster=0.0),
-        'oracle': dict(query='data'),
-        'answers': dict(query=None),
-        'classes': dict(query=None),
-        'budget': dict(query=1000),
-        'until': dict(query=None),
-        'audit': dict(query=0.1),
-        'rounds': dict(query=10),
-        'round_epochs': dict(query=3),
-        'threshold': dict(query=0.95, scan=0.95),
-        'ema': dict(query=0.997, scan=0.997),
-        'clusters': dict(cluster=10, scan=10),
-        'iterations': dict(cluster=30, scan=2),
-        'stable': dict(cluster=0.995, scan=0.995),
-        'neighbours': dict(simclr=20, query=10, cluster=50, scan=50),
-        'entropy': dict(cluster=5.0, scan=5.0),
-        'heads': dict(scan=144),
-        'crop': dict(simclr=0.3, **all_headed(0.5, classify=0.7)),
-        'flip': dict(simclr=True, **all_headed(True)),
-        'rotate': dict(simclr=10.0, **all_headed(10.0, classify=5.0)),
-        'jitter': dict(simclr=0.4, **all_headed(0.4, classify=0.2)),
-        'grey': dict(simclr=0.2, **all_headed(0.0)),
-        'blur': dict(simclr=0.0, **all_headed(0.0)),
-        'cutout': dict(simclr=0.0, **all_headed(0.4, classify=0.3)),
+    VIEWS = dict(crop=0.5, flip=True, rotate=10.0, jitter=0.4, grey=0.0, blur=0.0, cutout=0.4, noise=0.0)
+    HEAD = dict(encoder=None, net='resnet', width=1.0, freeze=False, amp=None, lr=1e-3, weight_decay=5e-4,
+                warmup=1.0, sam=0.0)                    # what classifiers and clusterings share
+    LABELS = dict(oracle='data', answers=None, classes=None)
+    DEFAULTS = {
+        'ae': dict(net='fc', width=1.0, latent=64, epochs=5, batch_size=128, lr=1e-3, weight_decay=0.0,
+                   warmup=0.0, decay_epochs=0, amp=None, noise=0.0),
+        'conv': dict(net='resnet', width=0.5, latent=64, epochs=5, batch_size=128, lr=2e-3, weight_decay=0.0,
+                     warmup=0.5, decay_epochs=None, amp=None, noise=0.0),
+        'vae': dict(net='resnet', width=0.5, latent=64, epochs=5, batch_size=128, lr=2e-3, weight_decay=0.0,
+                    warmup=0.5, decay_epochs=None, amp=None, beta=1.0, likelihood='bernoulli'),
+        'simclr': dict(net='resnet', width=1.0, latent=0, epochs=7, batch_size=512, lr=4e-3, weight_decay=1e-4,
+                       warmup=0.5, decay_epochs=None, amp=None, temperature=0.2, recon=0.0, neighbours_from=1.0,
+                       neighbours=20, **{**VIEWS, 'crop': 0.3, 'grey': 0.2, 'cutout': 0.0}),
+        'classify': dict(**HEAD, **LABELS, labels=0.1, pick='random', epochs=20, batch_size=128,
+                         decay_epochs=None, mixup=0.2,
+                         **{**VIEWS, 'crop': 0.7, 'rotate': 5.0, 'jitter': 0.2, 'cutout': 0.3}),
+        'query': dict(**HEAD, **LABELS, port=0, pick='informative', budget=1000, until=None, audit=0.1,
+                      rounds=10, round_epochs=3, decay_epochs=10, batch_size=256, threshold=0.95, ema=0.997,
+                      **VIEWS),
+        'scan': dict(encoder=None, amp=None, clusters=10, neighbours=50),
+        'cluster': dict(**HEAD, clusters=10, neighbours=50, iterations=30, epochs=1, decay_epochs=5,
+                        batch_size=256, mixup=0.0, **VIEWS),
+        'random': dict(net='resnet', width=1.0, latent=0, amp=None),
+        'pca': dict(latent=64),
+        'pixels': {},
     }
-    PLAIN = dict(data=None, dataset=None, limit=None, name=None, resume=False, overwrite=False, device=None, seed=0,
-                 perplexity=30.0, tensorboard=False, deterministic=False)
-    METHODS = {'ae': 'fully connected autoencoder', 'conv': 'convolutional residual autoencoder',
-               'vae': 'variational autoencoder', 'simclr': 'contrastive learning',
-               'classify': 'classifier from few labels', 'query': 'classifier that asks for its labels',
-               'cluster': 'k-means and training on its clusters, in turns', 'scan': 'clusters of neighbours',
-               'random': 'untrained encoder', 'pixels': 'raw pixels',
-               'pca': 'principal components'}
-    EPILOG = """examples, with what two CPU cores gave on Fashion-MNIST:
+    COMMON = dict(data='fashion-mnist', size=None, limit=None, name=None, resume=False, overwrite=False,
+                  device=None, seed=0, deterministic=False, tensorboard=False, search=None, over=())
+    COMMANDS = dict(evaluate=None, compare=None, list=False, export=None, predict=None, show_views=None)
+    ABOUT = {'ae': 'fully connected autoencoder', 'conv': 'convolutional residual autoencoder',
+             'vae': 'variational autoencoder', 'simclr': 'contrastive learning',
+             'classify': 'classifier from few labels', 'query': 'classifier that asks for its labels',
+             'scan': 'clusters that neighbours agree on', 'cluster': 'pseudo-labelling, from k-means or from scan',
+             'random': 'untrained encoder', 'pixels': 'raw pixels', 'pca': 'principal components'}
+    EXAMPLES = """examples, with what two CPU cores gave on Fashion-MNIST:
   python ssl.py --method ae                      5 epochs in about 10 s: test MSE .011, SSIM .68
   python ssl.py --method simclr                  7 epochs in about 8 min: probe 86 %, k-means ACC .62
   python ssl.py --method classify --encoder runs/simclr --labels 0.1     about 90 % of the test set right
-  python ssl.py --method simclr --tau 0.5        another temperature, kept as runs/simclr-tau=0.5
-  python ssl.py --method query --oracle web --data my.npz --classes cat,dog,other      label them yourself, on a page
-  python ssl.py --method conv --data my.npz      your own pictures: x_train (N, H, W) or (N, H, W, 3) uint8
+  python ssl.py --method simclr --temperature 0.5        kept as runs/simclr-temperature=0.5
+  python ssl.py --method query --oracle web --data my.npz --classes cat,dog,other      label them on a page
+  python ssl.py --method conv --data my.npz      your own images: x_train (N, H, W) or (N, H, W, 3) uint8
   python ssl.py --compare                        one table of all finished runs"""
 
-
-# ------------------------------------------------------------------------------------- arguments
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f'ssl.py: {message}\n')           # one sentence, without the usage lines
+    # -------------------------------------------------------------------------------- types of flags
 
     def number(kind, low, high, above=False):
         """Type of a flag: an int or float in low..high (above: low itself is refused)."""
+        wanted = 'a whole number' if kind is int else 'a number'
+        wanted = f'wanted {wanted} {"above" if above else "from"} {low:g} to {high:g}'
+
         def parse(text):
-            wanted = f'wanted {"a whole number" if kind is int else "a number"} ' \
-                     f'{"above" if above else "from"} {low:g} to {high:g}'
             try:
                 value = kind(text)
             except ValueError:
@@ -113,16 +84,18 @@ else:
         """Type of a flag: anything but nothing; runs/x/ is runs/x."""
         if not text:
             raise argparse.ArgumentTypeError('it is empty; wanted a path')
-        return Path(text).as_posix()                       # as it reads on any system
+        return Path(text).as_posix()
 
-    def names(text):
+    def class_names(text):
         """Type of --classes: 'a,b,c', none empty or twice."""
-        parts = [part.strip() for part in text.split(',')]
-        if not all(parts) or len(set(parts)) < len(parts) or not text.isprintable():
-            raise argparse.ArgumentTypeError(f'{text!r} is not understood; wanted different names as in cat,dog,other')
-        return ','.join(parts)
+        names = [unicodedata.normalize('NFC', name.strip()) for name in text.split(',')]
+        shown = text.replace('\u200c', '').replace('\u200d', '')    # joiners, as in Persian, Hindi and emoji
+        if not all(names) or len(set(names)) < len(names) or not shown.isprintable():
+            raise argparse.ArgumentTypeError(f'{text!r} is not understood; wanted different names as in '
+                                             'cat,dog,other')
+        return ','.join(names)
 
-    def hint(text, names):
+    def nearest(text, names):
         """'did you mean X? ' of the name nearest to a misspelt one, or nothing."""
         near = difflib.get_close_matches(text.lower(), names, 1)
         return f'did you mean {near[0]}? ' if near else ''
@@ -131,7 +104,7 @@ else:
         """Type of a flag: one of the names; a misspelt one is answered with the nearest."""
         def parse(text):
             if text not in names:
-                raise argparse.ArgumentTypeError(f'{text!r} is not known; {hint(text, names)}wanted one of '
+                raise argparse.ArgumentTypeError(f'{text!r} is not known; {nearest(text, names)}wanted one of '
                                                  f'{", ".join(names)}')
             return text
         return parse
@@ -143,258 +116,293 @@ else:
             raise argparse.ArgumentTypeError(f'{text!r} is not understood; wanted for instance lr=1e-4:1e-2')
         return key.replace('-', '_'), *ends.split(':')
 
+    COUNT, SHARE, YES_NO = number(int, 1, 10**9), number(float, 0, 1), argparse.BooleanOptionalAction
+    POSITIVE = number(float, 0, 1e9, above=True)
+
+    # ------------------------------------------------------------------------------------- the flags
+
+    FLAGS = {
+        'what to do': [
+            ('--method', 'train it (the last three have nothing to train) and measure it: '
+             + ', '.join(f'{k} = {v}' for k, v in ABOUT.items()), dict(type=choice(*ABOUT), metavar='NAME')),
+            ('--evaluate', 'measure a finished run again', dict(type=path, metavar='RUN')),
+            ('--compare', 'print one table of these runs, all finished ones without a name, and write '
+             'runs/report.html', dict(nargs='*', metavar='RUN')),
+            ('--list', 'say of each run in runs/ whether it is finished, stopped or running',
+             dict(action='store_true')),
+            ('--export', 'write the features that a finished run gives all its images, or those of a file or '
+             'folder NEW, as an .npz', dict(nargs='+', type=path, metavar=('RUN NPZ', 'NEW'))),
+            ('--predict', 'print what class or cluster a finished run gives new images (.npz with x, x_train or '
+             'x_test, IDX file, folder of images), as CSV', dict(nargs=2, type=path, metavar=('RUN', 'FILE'))),
+            ('--show-views', 'write originals and two augmented views of each as a PNG',
+             dict(nargs='?', const='views.png', metavar='PNG')),
+            ('--search', 'try N settings of the method, scored without the test set, and print the best command',
+             dict(type=number(int, 1, 10**4), metavar='N')),
+            ('--over', 'what --search varies: numeric flags and their ranges',
+             dict(nargs='+', type=span, metavar='FLAG=LOW:HIGH')),
+        ],
+        'data and run folder': [
+            ('--data', 'fashion-mnist, stl10 or cifar10 (found in data/ or downloaded), a folder of images, of IDX '
+             'files or of the binary files of STL-10 or CIFAR-10, or an .npz with x_train and, optionally, y_train, '
+             'x_test, y_test', dict(type=path, metavar='PATH')),
+            ('--size', 'height and width of the images of a folder, in pixels (default: their median, 96 at most)',
+             dict(type=number(int, 8, 4096), metavar='N')),
+            ('--limit', 'use only the first N training images; those with labels come first',
+             dict(type=number(int, 20, 10**9), metavar='N')),
+            ('--name', 'run folder under runs/ (default: the method and what differs from its defaults)', {}),
+            ('--resume', 'continue an unfinished run to the same result; a finished one is left alone',
+             dict(action='store_true')),
+            ('--overwrite', 'start again in an existing run folder', dict(action='store_true')),
+            ('--device', 'cuda, cuda:1, mps or cpu (default: cuda if there is a card, else cpu)',
+             dict(metavar='NAME')),
+            ('--seed', 'of weights, split, order, augmentation',
+             dict(type=number(int, 0, 2**31 - 1), metavar='N')),
+            ('--deterministic', 'only algorithms that give the same bits each time, on CUDA too; slower',
+             dict(action=YES_NO)),
+            ('--tensorboard', 'write the numbers, images and features for TensorBoard too; needs the packages '
+             'tensorboard and pillow', dict(action='store_true')),
+        ],
+        'network': [
+            ('--net', 'encoder: fc, conv or resnet', dict(type=choice('fc', 'conv', 'resnet'))),
+            ('--width', 'scales the units or channels of every layer',
+             dict(type=number(float, 0.1, 32), metavar='X')),
+            ('--latent', 'number of features; 0 (simclr, random): those of the average-pooled map',
+             dict(type=number(int, 0, 4096), metavar='D')),
+        ],
+        'training': [
+            ('--epochs', 'passes over the training images (cluster: of each iteration)',
+             dict(type=number(int, 0, 10**6), metavar='N')),
+            ('--batch-size', 'images a step, of all processes together',
+             dict(type=number(int, 2, 10**6), metavar='B')),
+            ('--lr', 'peak learning rate of AdamW', dict(type=POSITIVE)),
+            ('--weight-decay', 'not applied to norms and biases', dict(type=number(float, 0, 10), metavar='X')),
+            ('--decay-epochs', 'epochs at the end in which the learning rate falls to 0 by half a cosine (default: '
+             'all after warm-up; ae 0, query 10, cluster 5)', dict(type=number(int, 0, 10**6), metavar='N')),
+            ('--amp', 'bfloat16 in the network, losses in float32 (default: where it is faster)',
+             dict(action=YES_NO)),
+        ],
+        'methods': [
+            ('--noise', 'std of noise added to the input (ae, conv: denoising) or to each view, on the 0..1 scale',
+             dict(type=number(float, 0, 10), metavar='STD')),
+            ('--beta', 'weight of the KL term', dict(type=number(float, 0, 1e6))),
+            ('--likelihood', 'of a pixel: bernoulli or gaussian',
+             dict(type=choice('bernoulli', 'gaussian'), metavar='NAME')),
+            ('--temperature', 'of NT-Xent', dict(type=number(float, 0.001, 100), metavar='T')),
+            ('--recon', 'weight of the squared error of a decoder beside NT-Xent; 0: no decoder',
+             dict(type=number(float, 0, 1e6), metavar='X')),
+            ('--neighbours-from', 'share of the epochs after which the two views are of an image and one of its '
+             'neighbours; 1: never', dict(type=SHARE, metavar='X')),
+        ],
+        'few labels': [
+            ('--encoder', 'finished run whose encoder to start from; without it from scratch',
+             dict(type=path, metavar='RUN')),
+            ('--labels', 'how many labels to pay for, or below 1 their share',
+             dict(type=number(float, 0, 1e9, above=True), metavar='N')),
+            ('--pick', 'which: random, coverage (classify: k-means medoids of the features) or informative (query: '
+             'where its errors are)', dict(type=choice('random', 'coverage', 'informative'))),
+            ('--freeze', 'train only the head; the encoder keeps every bit', dict(action=YES_NO)),
+            ('--mixup', 'alpha of mixup; 0 is none', dict(type=number(float, 0, 100), metavar='ALPHA')),
+            ('--sam', 'radius of sharpness-aware minimisation; 0 is none, else twice the time',
+             dict(type=number(float, 0, 100), metavar='RHO')),
+        ],
+        'queries': [
+            ('--oracle', 'who answers: data (y_train), web (you, on a page that it serves to this machine alone) or '
+             'file (an --answers CSV)', dict(type=choice('data', 'web', 'file'), metavar='NAME')),
+            ('--answers', 'CSV of lines id or file name, class; for --oracle file', dict(type=path, metavar='CSV')),
+            ('--classes', 'what the classes are called; needed where no labels of the data tell',
+             dict(type=class_names, metavar='A,B,C')),
+            ('--port', 'of the page; 0: any that is free', dict(type=number(int, 0, 65535), metavar='N')),
+            ('--budget', 'how many labels to pay for at most', dict(type=COUNT, metavar='N')),
+            ('--until', 'stop asking when the interval of the estimated accuracy lies above this',
+             dict(type=number(float, 0, 1, above=True), metavar='X')),
+            ('--audit', 'share of the queries drawn at random, from which the accuracy is estimated',
+             dict(type=SHARE, metavar='X')),
+            ('--rounds', 'in how many parts the budget is spent', dict(type=COUNT, metavar='N')),
+            ('--round-epochs', 'epochs between two rounds', dict(type=COUNT, metavar='N')),
+            ('--threshold', 'how confident the teacher must be of a pseudo-label', dict(type=SHARE, metavar='P')),
+        ],
+        'clusters': [
+            ('--clusters', 'how many', dict(type=number(int, 2, 10**4), metavar='K')),
+            ('--iterations', 'how often a network is trained on the clusters and all images are assigned anew',
+             dict(type=number(int, 1, 10**6), metavar='N')),
+            ('--neighbours', 'of each image, which should share its cluster or (simclr) be its other view',
+             dict(type=COUNT, metavar='N')),
+        ],
+        'views': [
+            ('--crop', 'smallest share of the area a crop keeps; 1 is no crop',
+             dict(type=number(float, 0.01, 1), metavar='X')),
+            ('--flip', 'mirror left-right half of the time', dict(action=YES_NO)),
+            ('--rotate', 'degrees, either way', dict(type=number(float, 0, 180), metavar='DEG')),
+            ('--jitter', 'brightness, contrast; on colour saturation and, a quarter of it, hue',
+             dict(type=SHARE, metavar='X')),
+            ('--grey', 'share of colour images whose colours are taken out', dict(type=SHARE, metavar='X')),
+            ('--blur', 'share of images blurred', dict(type=SHARE, metavar='X')),
+            ('--cutout', 'side of an erased square as a share of the image', dict(type=SHARE, metavar='X')),
+        ],
+    }
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f'ssl.py: {message}\n')           # one sentence, without the usage lines
+
+    def default_text(key):
+        """' (default: ...)' of a flag, taken from where the default is kept."""
+        by_method = {method: own[key] for method, own in DEFAULTS.items() if own.get(key) is not None}
+        if key in ('data', 'seed'):
+            return f' (default: {COMMON[key]})'
+        if not by_method or key == 'decay_epochs':
+            return ''
+        if len(set(map(str, by_method.values()))) == 1:
+            return f' (default: {next(iter(by_method.values()))}; for {", ".join(by_method)})'
+        return ' (default: ' + ', '.join(f'{method} {value}' for method, value in by_method.items()) + ')'
+
     def make_parser():
-        p = Parser(prog='ssl.py', description=__doc__, epilog=EPILOG, allow_abbrev=False,
+        p = Parser(prog='ssl.py', description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-        count, positive, share = number(int, 1, 10**9), number(float, 0, 1e9, above=True), number(float, 0, 1)
-
-        def flag(group, name, help, **kwargs):
-            """Add a flag; its help ends with its default, taken from where the default is kept."""
-            key = name.strip('-').replace('-', '_')
-            per, default = PER_METHOD.get(key), PLAIN.get(key) if not kwargs.get('action') else None
-            if per and next(iter(per.values())) is not None:
-                values = set(map(str, per.values()))
-                one = next(iter(per.values()))
-                default = one if len(values) == 1 and set(per) >= set(NETS) else ', '.join(
-                    f'{m} {v}' for m, v in per.items()) if len(values) > 1 else f'{one}; {", ".join(per)} only'
-            suffix = f' (default: {default})' if default is not None else ''
-            group.add_argument(name, help=(help + suffix).replace('%', '%%'), **kwargs)
-
-        g = p.add_argument_group('what to do')
-        flag(g, '--method', 'train it (or, for the last three, just measure): ' + ', '.join(
-            f'{k} = {v}' for k, v in METHODS.items()), type=choice(*METHODS), metavar='NAME')
-        flag(g, '--evaluate', 'measure a finished run again', type=path, metavar='RUN')
-        flag(g, '--compare', 'print one table of these runs, all in runs/ when none is named, and write it with their '
-             'curves to runs/report.html', nargs='*', metavar='RUN')
-        flag(g, '--list', 'say of each run in runs/ whether it is finished, stopped or running', action='store_true')
-        flag(g, '--export', 'write the features that a finished run gives all its pictures, with ids, labels (-1: not '
-             'known) and split, as an .npz', nargs=2, type=path, metavar=('RUN', 'NPZ'))
-        flag(g, '--predict', 'print what a finished classify or query run takes new pictures for, as CSV; they come as '
-             'an .npz with x, x_train or x_test, or as an IDX file', nargs=2, type=path, metavar=('RUN', 'FILE'))
-        flag(g, '--show-views', 'write originals and two augmented views of each as a PNG, and stop',
-             nargs='?', const='views.png', metavar='PNG')
-        flag(g, '--search', 'try N settings of the method, scored on validation, and print the best command',
-             type=number(int, 1, 10**4), metavar='N')
-        flag(g, '--over', 'what --search varies: any numeric flags and their ranges', nargs='+', type=span,
-             metavar='FLAG=LOW:HIGH')
-        flag(g, '--fetch', 'find or download the --dataset, say where it is, and stop', action='store_true')
-
-        g = p.add_argument_group('data and run folder')
-        flag(g, '--data', 'folder of IDX files, of STL-10\'s or of CIFAR-10\'s binary files, or an .npz with x_train '
-             'and, optionally, y_train, x_test, y_test', type=path, metavar='PATH')
-        flag(g, '--dataset', 'instead of --data: fashion-mnist, stl10 or cifar10, sought in data/ and downloaded if it '
-             'is not there (default: fashion-mnist)', metavar='NAME',
-             type=choice('fashion-mnist', 'stl10', 'cifar10'))
-        flag(g, '--limit', 'use only the first N training pictures; those with labels come first',
-             type=number(int, 20, 10**9), metavar='N')
-        flag(g, '--val', 'training pictures kept for validation, a tenth of all at most', type=count, metavar='N')
-        flag(g, '--name', 'run folder under runs/ (default: the method and what differs from its defaults; --epochs '
-             'is in it for cluster and scan only)')
-        flag(g, '--resume', 'continue an unfinished run to the same result; a finished one is left alone',
-             action='store_true')
-        flag(g, '--overwrite', 'start again in an existing run folder', action='store_true')
-        flag(g, '--save-every', 'seconds between checkpoints', type=positive, metavar='S')
-        flag(g, '--device', 'cuda, cuda:1, mps or cpu (default: cuda if there is a card, else cpu)', metavar='NAME')
-        flag(g, '--seed', 'of weights, split, order, augmentation', type=number(int, 0, 2**31 - 1), metavar='N')
-        flag(g, '--deterministic', 'only algorithms that give the same bits each time, on CUDA too; slower',
-             action=argparse.BooleanOptionalAction)
-        flag(g, '--perplexity', 'of the t-SNE in report.html, about how many neighbours a picture has; 0 is no t-SNE',
-             type=number(float, 0, 1e4), metavar='N')
-        flag(g, '--tensorboard', 'write the numbers, pictures and features for TensorBoard too, into the run folder, '
-             'when the run is complete; needs the packages tensorboard and pillow', action='store_true')
-
-        g = p.add_argument_group('network')
-        flag(g, '--net', 'encoder: fc, conv or resnet', type=choice('fc', 'conv', 'resnet'))
-        flag(g, '--width', 'scales the units or channels of every layer', type=number(float, 0.1, 32), metavar='X')
-        flag(g, '--latent', 'size of the code', type=number(int, 1, 4096), metavar='D')
-
-        g = p.add_argument_group('training')
-        flag(g, '--epochs', 'passes over the training pictures', type=number(int, 0, 10**6), metavar='N')
-        flag(g, '--batch-size', 'pictures a step', type=number(int, 2, 10**6), metavar='B')
-        flag(g, '--lr', 'peak learning rate of AdamW', type=positive)
-        flag(g, '--weight-decay', 'not applied to norms and biases', type=number(float, 0, 10), metavar='X')
-        flag(g, '--warmup', 'epochs of linear warm-up', type=number(float, 0, 1e6), metavar='N')
-        flag(g, '--schedule', 'learning rate after warm-up, per step', type=choice('constant', 'cosine'),
-             metavar='NAME')
-        flag(g, '--patience', 'stop after N epochs without a better validation loss; 0 never',
-             type=number(int, 0, 10**6), metavar='N')
-        flag(g, '--min-delta', 'what counts as better', type=number(float, 0, 1e6), metavar='X')
-        flag(g, '--amp', 'bfloat16 in the network, losses in float32 (default: where it is faster)',
-             action=argparse.BooleanOptionalAction)
-
-        g = p.add_argument_group('methods')
-        flag(g, '--noise', 'std of noise added to the input (ae, conv: denoising) or to each view (simclr), on the '
-             '0..1 scale', type=number(float, 0, 10), metavar='STD')
-        flag(g, '--beta', 'weight of the KL term', type=number(float, 0, 1e6))
-        flag(g, '--likelihood', 'of a pixel: bernoulli or gaussian', type=choice('bernoulli', 'gaussian'),
-             metavar='NAME')
-        flag(g, '--tau', 'temperature of NT-Xent', type=number(float, 0.001, 100), metavar='T')
-
-        g = p.add_argument_group('few labels')
-        flag(g, '--encoder', 'run folder whose encoder to start from, without it from scratch; cluster and scan take '
-             'several, and see neighbours in the features of all; query too, and hears neighbours in those of the '
-             'others when it predicts; simclr goes on from a run of simclr, and pairs pictures with neighbours in the '
-             'features of all', type=path, nargs='+', metavar='RUN')
-        flag(g, '--labels', 'how many labels to pay for, or below 1 their share',
-             type=number(float, 0, 1e9, above=True), metavar='N')
-        flag(g, '--pick', 'which: random, coverage (classify: k-means medoids of the encoder\'s features), informative '
-             '(query: where its errors are) or balanced (classify: as many of each class, for comparison with '
-             'benchmarks: it looks at labels nobody paid for)',
-             type=choice('random', 'coverage', 'balanced', 'informative'))
-        flag(g, '--freeze', 'train only the head; the encoder keeps every bit', action=argparse.BooleanOptionalAction)
-        flag(g, '--head', 'linear, or mlp of two layers', type=choice('linear', 'mlp'))
-        flag(g, '--mixup', 'alpha of mixup; 0 is none', type=number(float, 0, 100), metavar='ALPHA')
-        flag(g, '--sam', 'radius of sharpness-aware minimisation; 0 is none, else twice the time',
-             type=number(float, 0, 100), metavar='RHO')
-
-        g = p.add_argument_group('queries')
-        flag(g, '--oracle', 'who answers: data (y_train), web (you, on a page that it serves to this machine alone) or '
-             'file (an --answers CSV)', type=choice('data', 'web', 'file'), metavar='NAME')
-        flag(g, '--answers', 'CSV of lines id,class, of names or indices, for --oracle file; it may grow between '
-             '--resumes', type=path, metavar='CSV')
-        flag(g, '--classes', 'what the classes are called; needed where no labels of the data tell', type=names,
-             metavar='A,B,C')
-        flag(g, '--budget', 'how many labels to pay for at most', type=count, metavar='N')
-        flag(g, '--until', 'stop asking when the accuracy, estimated from the answers, is so high by a standard error',
-             type=number(float, 0, 1, above=True), metavar='X')
-        flag(g, '--audit', 'share of the queries drawn at random, from which the accuracy is estimated', type=share,
-             metavar='X')
-        flag(g, '--rounds', 'in how many parts the budget is spent', type=count, metavar='N')
-        flag(g, '--round-epochs', 'epochs between two rounds', type=count, metavar='N')
-        flag(g, '--closing', 'epochs after the last round, in which the learning rate falls', type=number(
-             int, 0, 10**6), metavar='N')
-        flag(g, '--threshold', 'how sure the teacher must be of a pseudo-label', type=share, metavar='P')
-        flag(g, '--ema', 'decay of the teacher\'s weights a step', type=share, metavar='X')
-
-        g = p.add_argument_group('clusters')
-        flag(g, '--clusters', 'how many', type=number(int, 2, 10**4), metavar='K')
-        flag(g, '--iterations', 'how often all pictures are assigned anew, every --epochs epochs; 0: once, and no '
-             'network is trained', type=number(int, 0, 10**6), metavar='N')
-        flag(g, '--stable', 'stop when this share of them is assigned as before; 0 never', type=share, metavar='X')
-        flag(g, '--neighbours', 'of each picture, which should share its cluster, (query) vote on its class or (simclr '
-             'with --encoder) be its other view', type=count, metavar='N')
-        flag(g, '--entropy', 'weight of clusters being equally large', type=number(float, 0, 1e6), metavar='X')
-        flag(g, '--heads', 'linear ones, of which the half that neighbours agree with most decides together',
-             type=number(int, 1, 1000), metavar='N')
-
-        g = p.add_argument_group('views')
-        flag(g, '--crop', 'smallest share of the area a crop keeps; 1 is no crop', type=number(float, 0.01, 1),
-             metavar='X')
-        flag(g, '--flip', 'mirror left-right half of the time', action=argparse.BooleanOptionalAction)
-        flag(g, '--rotate', 'degrees, either way', type=number(float, 0, 180), metavar='DEG')
-        flag(g, '--jitter', 'brightness, contrast; on colour saturation and, a quarter of it, hue', type=share,
-             metavar='X')
-        flag(g, '--grey', 'share of colour pictures whose colours are taken out', type=share, metavar='X')
-        flag(g, '--blur', 'share of pictures blurred', type=share, metavar='X')
-        flag(g, '--cutout', 'side of an erased square as a share of the picture', type=share, metavar='X')
+        for title, flags in FLAGS.items():
+            group = p.add_argument_group(title)
+            for name, help, options in flags:
+                help += default_text(name.strip('-').replace('-', '_'))
+                group.add_argument(name, help=help.replace('%', '%%'), **options)
         return p
 
+    # -------------------------------------------------------------------------------------- parsing
+
+    def typed_flag(key):
+        return '--' + key.replace('_', '-')
+
     def parse(argv):
-        """(args with every default resolved, dict of what was typed); exits with a sentence on a mistake."""
+        """(args with every default filled in, dict of what was typed, defaults); exits with a sentence on a
+        mistake."""
         parser = make_parser()
         typed, unknown = parser.parse_known_args(argv)
         typed = vars(typed)
         if unknown:
-            flags = [o for a in parser._actions for o in a.option_strings]
-            parser.error(f'{unknown[0]} is not known; {hint(unknown[0].split("=")[0], flags) or "see --help"}'.strip())
-        command = next((c for c in ('fetch', 'compare', 'list', 'evaluate', 'export', 'predict', 'show_views')
-                        if c in typed), None)
+            flags = [option for action in parser._actions for option in action.option_strings]
+            near = nearest(unknown[0].split('=')[0], flags) or 'see --help'
+            parser.error(f'{unknown[0]} is not known; {near}'.strip())
+        command = next((key for key in COMMANDS if key in typed), None)
         method = typed.get('method', 'simclr' if command == 'show_views' else None)
-        if command == 'show_views' and method != 'simclr':
-            parser.error('--show-views shows the views of --method simclr')
-        with_it = {'fetch': ('dataset',), 'compare': (), 'list': (), 'export': ('device',), 'predict': ('device',),
-                   'evaluate': ('device', 'perplexity', 'tensorboard')}.get(command, typed)
-        for key in set(typed) - {command, *with_it}:
-            parser.error(f'--{key.replace("_", "-")} does nothing with --{command}')
-        if 'data' in typed and 'dataset' in typed:
-            parser.error('--data and --dataset exclude each other; a --data folder is known by its files')
         if method is None and command is None:
             parser.error('say what to do; python ssl.py --method ae trains and measures an autoencoder in half a '
                          'minute (--help lists the rest)')
-        ranged = {key for key, *_ in typed.get('over', ())}
-        for key in {'net', 'width'} & {*typed, *ranged} if 'encoder' in typed else ():
-            parser.error(f'--{key} is that of the --encoder run; leave it out')
-        if typed.get('epochs') == 0 and method in ('cluster', 'scan'):
-            parser.error(f'--epochs of --method {method} is the length of an iteration, so wanted from 1 up; '
-                         '--iterations 0 trains nothing')
+        if command:
+            check_command(parser, command, typed)
+        if method:
+            check_method(parser, method, typed)
+        check_pairs(parser, method, typed)
+        if 'search' in typed:
+            check_search(parser, method, typed)
+        defaults = {'method': method, **COMMANDS, **COMMON, **DEFAULTS.get(method, {})}
+        args = {**defaults, **typed}
+        if command in ('evaluate', 'export') and 'data' not in typed:
+            args['data'] = None                            # where the run found it
+        return argparse.Namespace(**args), typed, defaults
+
+    def check_command(parser, command, typed):
+        """What is typed must do something with the command."""
+        takes = {'compare': (), 'list': (), 'export': ('device', 'data'), 'predict': ('device',),
+                 'evaluate': ('device', 'data', 'tensorboard')}.get(command, typed)
         for key in typed:
-            if method and key in PER_METHOD and method not in PER_METHOD[key]:
-                parser.error(f'--{key.replace("_", "-")} does nothing for --method {method}; '
-                             f'it is for {", ".join(PER_METHOD[key])}')
-        if typed.get('pick') in {'classify': ['informative'], 'query': ['coverage', 'balanced']}.get(method, []):
-            parser.error(f'--pick {typed["pick"]} does nothing for --method {method}; see --help')
+            if key != command and key not in takes:
+                parser.error(f'{typed_flag(key)} does nothing with {typed_flag(command)}')
+        if command == 'show_views' and typed.get('method', 'simclr') != 'simclr':
+            parser.error('--show-views shows the views of --method simclr')
+        if command == 'export' and not 2 <= len(typed['export']) <= 3:
+            parser.error('--export wants RUN NPZ or RUN NPZ NEW')
+
+    def check_method(parser, method, typed):
+        """What is typed must do something for the method."""
+        for key in typed:
+            takers = [name for name, own in DEFAULTS.items() if key in own]
+            if takers and method not in takers:
+                parser.error(f'{typed_flag(key)} does nothing for --method {method}; '
+                             f'it is for {", ".join(takers)}')
+        picks = {'classify': 'coverage', 'query': 'informative'}.get(method)
+        if typed.get('pick', 'random') not in ('random', picks):
+            parser.error(f'--pick {typed["pick"]} does nothing for --method {method}; wanted random or {picks}')
+        if method in ('ae', 'conv', 'vae', 'pca') and typed.get('latent') == 0:
+            parser.error(f'--latent of --method {method} is wanted from 1 up')
+        least = 1 if method == 'cluster' or 'search' in typed else 0
+        if typed.get('epochs', 1) < least:
+            parser.error(f'--epochs is wanted from {least} up here')
+
+    def check_pairs(parser, method, typed):
+        """Flags that need or exclude each other."""
+        if 'resume' in typed and 'overwrite' in typed:
+            parser.error('--resume and --overwrite exclude each other')
         if 'name' in typed and (Path(typed['name']).name != typed['name'] or typed['name'] in ('', '..')):
             parser.error(f'--name {typed["name"]!r} is not a plain folder name')
-        if ('search' in typed) != ('over' in typed):
-            parser.error('--search N and --over FLAG=LOW:HIGH go together')
+        for key in {'net', 'width'} & {*typed, *(span[0] for span in typed.get('over', ()))}:
+            if 'encoder' in typed:
+                parser.error(f'--{key} is that of the --encoder run; leave it out')
         if ('answers' in typed) != (typed.get('oracle') == 'file') and 'resume' not in typed:
             parser.error('--oracle file and --answers CSV go together')
-        if 'search' in typed and typed.get('oracle', 'data') != 'data':
-            parser.error(f'--search would ask for labels in every trial; leave --oracle {typed["oracle"]} out')
-        for key in {'perplexity', 'tensorboard'} & set(typed) if 'search' in typed else ():
-            parser.error(f'--{key} does nothing with --search, whose trials are scored on validation alone')
-        if 'search' in typed and method not in (*NETS, 'classify', 'query'):
+        if method == 'classify' and typed.get('oracle') == 'web':
+            parser.error('--oracle web asks in rounds; use --method query')
+        if ('search' in typed) != ('over' in typed):
+            parser.error('--search N and --over FLAG=LOW:HIGH go together')
+
+    def check_search(parser, method, typed):
+        """--search needs a score; --over needs numeric flags of the method. Fills in their ends as numbers."""
+        if method not in ('ae', 'conv', 'vae', 'simclr', 'classify', 'query'):
             parser.error(f'--search has no score for --method {method}')
-        types = {a.dest: a.type for a in parser._actions}
-        for i, (key, *ends) in enumerate(typed.get('over', ())):
+        if typed.get('oracle', 'data') != 'data':
+            parser.error(f'--search would ask for labels in every trial; leave --oracle {typed["oracle"]} out')
+        if 'tensorboard' in typed:
+            parser.error('--tensorboard does nothing with --search')
+        types = {action.dest: action.type for action in parser._actions}
+        numeric = [key for key in DEFAULTS[method] if 'number' in getattr(types.get(key), '__qualname__', '')]
+        for i, (key, *ends) in enumerate(typed['over']):
             over = '--over ' + key.replace('_', '-')
-            if method not in PER_METHOD.get(key, ()) or 'number' not in getattr(types[key], '__qualname__', ''):
-                near = hint(key, [k for k, per in PER_METHOD.items() if method in per
-                                  and 'number' in getattr(types[k], '__qualname__', '')]).replace('_', '-')
-                parser.error(f'{over} is no numeric flag of --method {method}; {near or "see --help"}'.strip())
+            if key not in numeric:
+                near = nearest(key, numeric).replace('_', '-') or 'see --help'
+                parser.error(f'{over} is no numeric flag of --method {method}; {near}'.strip())
             try:
                 low, high = map(types[key], ends)
             except argparse.ArgumentTypeError as e:
                 parser.error(f'{over}: {e}')
-            if key == 'labels' and low >= 1:                                # a number of them, not a share
+            if key == 'labels' and low >= 1:                            # a number of them, not a share
                 low, high = round(low), round(high)
             if key in typed or not low < high:
                 parser.error(f'{over} ' + ('is also given as a flag' if key in typed else
                                            'wants a lower end and a higher one'))
+            if key in ('beta', 'noise', 'temperature') and method != 'simclr':
+                parser.error(f'{over}: losses at different {key} can not be compared')
             typed['over'][i] = key, low, high
-        least = [typed.get('epochs', 1), *(low for key, low, _ in typed.get('over', ()) if key == 'epochs')]
-        if 'search' in typed and min(least) < 1:
-            parser.error('--search scores a setting after each epoch, so it needs --epochs from 1 up')
-        if 'resume' in typed and 'overwrite' in typed:
-            parser.error('--resume and --overwrite exclude each other')
-        if len(typed.get('encoder', ())) > 1 and method == 'classify':
-            parser.error(f'--method classify starts from one --encoder, not {len(typed["encoder"])}')
-        if len(typed.get('encoder', ())) == 1 and method in ('classify', 'query'):
-            typed['encoder'] = typed['encoder'][0]
-        if ('neighbours' in {*typed, *ranged} and method in ('query', 'simclr') and 'resume' not in typed
-                and not isinstance(typed.get('encoder'), list)):
-            parser.error(f'--neighbours of --method {method} are those in the features of '
-                         f'{"a second" if method == "query" else "an"} --encoder; name one')
-        own = {key: per[method] for key, per in PER_METHOD.items() if method in per}
-        defaults = {'method': method, **PLAIN, **own}
-        return argparse.Namespace(**{**defaults, **typed}), typed, defaults
 
+    # ----------------------------------------------------------------------------------------- main
 
-# --------------------------------------------------------------------------------------- commands
+    FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}     # a disk that takes no more
 
-    def told(e, again):
-        """An error as a sentence; one of the system's with its file, a full disk with what to do."""
+    def sentence(e, again):
+        """An error as a sentence; one of the system's with its file and what to do."""
         if not isinstance(e, OSError) or e.strerror is None:
             return e
-        if e.errno == errno.ENOSPC:
-            return f'no space left on the disk; make some. {again}'.strip()
-        return f'{e.filename}: {e.strerror}' if e.filename else e.strerror
+        text = f'{e.filename}: {e.strerror}' if e.filename else e.strerror
+        return f'{text}; make room on the disk. {again}'.strip() if e.errno in FULL else text
 
     def main(argv=None):
         again = ''
-        sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))   # noqa: SIM115
+        sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, 'reconfigure'):
+                stream.reconfigure(errors='replace')       # a terminal that can't show a character shows '?'
+        folder = os.path.dirname(os.path.abspath(__file__))
+        if folder not in sys.path:                         # python -P leaves it out
+            sys.path.insert(0, folder)
         try:
-            given = parse(argv)
-            again = 'Type the same command with --resume to continue.' if 'method' in given[1] else ''
-            import recipes                                 # torch comes with it: only once the arguments are right
-            code = recipes.main(*given)
+            args, typed, defaults = parse(argv)
+            again = 'Type the same command with --resume to continue.' if 'method' in typed else ''
+            import commands                                # torch comes with it: only once the flags are right
+            code = commands.main(args, typed, defaults)
             sys.stdout.flush()
             return code
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)   # the reader (head, less) left: no traceback at exit
             return 141
         except (ValueError, OSError) as e:
-            print(f'ssl.py: {told(e, again)}', file=sys.stderr)
+            print(f'ssl.py: {sentence(e, again)}', file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f'\nstopped. {again}'.rstrip(), file=sys.stderr)

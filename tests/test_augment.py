@@ -1,0 +1,163 @@
+import dataclasses
+import itertools
+import math
+
+from helpers import close, rand
+
+import numpy as np
+import scipy.ndimage
+import torch
+
+import augment
+from augment import Views
+from device import generator
+
+ALL_ON = Views(grey=0.3, blur=0.5, cutout=0.3, noise=0.1)
+ALL_OFF = Views(crop=1, flip=False, rotate=0, jitter=0)
+LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+
+
+def seeded(seed=0):
+    return generator('cpu', seed)
+
+
+def test_views_keep_shape_and_range_and_repeat_by_generator():
+    for C, H, W in (1, 28, 28), (3, 9, 13), (1, 8, 8), (3, 33, 19):
+        x = rand(6, C, H, W)
+        kept = x.clone()
+        views = augment.augment(x, ALL_ON, seeded(1))
+        assert views.shape == x.shape and 0 <= views.min() and views.max() <= 1 and torch.equal(x, kept)
+        assert torch.equal(views, augment.augment(x, ALL_ON, seeded(1)))
+        assert not torch.equal(views, augment.augment(x, ALL_ON, seeded(2)))
+        assert torch.equal(augment.augment(x, ALL_OFF, seeded(1)), x)
+
+
+def test_flip_alone_is_the_image_or_its_mirror():
+    for H, W in (8, 8), (9, 13):
+        x = rand(200, 3, H, W)
+        flipped = augment.warp(x, 1, True, 0, seeded())
+        same, mirrored = ((flipped - v).abs().amax((1, 2, 3)) < 1e-4 for v in (x, x.flip(3)))
+        assert (same ^ mirrored).all() and 70 < same.sum() < 130
+
+
+def test_warp_samples_the_window_it_drew():
+    """Against scipy, in pixels: a window of the drawn extents and centre, mirrored, turned, sampled bilinearly."""
+    for (H, W), flip, rotate in itertools.product([(9, 13), (28, 28)], (False, True), (0, 30)):
+        x, g = rand(20, 2, H, W), seeded(3)
+        views = augment.warp(x, 0.3, flip, rotate, seeded(3))
+
+        def draw(low, high, g=g):
+            return (torch.rand(20, generator=g) * (high - low) + low).double().numpy()
+
+        area, ratio = draw(0.3, 1), np.exp(draw(math.log(3 / 4), math.log(4 / 3)))
+        w, h = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)
+        cx, cy = draw(-1, 1) * (1 - w) * W / 2, draw(-1, 1) * (1 - h) * H / 2
+        mirror = np.where(draw(0, 1) < 0.5, 1, -1) if flip else np.ones(20)
+        angle = draw(-1, 1) * math.radians(rotate)
+        assert (abs(cx) + w * W / 2 <= W / 2 + 1e-6).all() and (abs(cy) + h * H / 2 <= H / 2 + 1e-6).all()
+        dy, dx = np.mgrid[:H, :W] - np.array([(H - 1) / 2, (W - 1) / 2]).reshape(2, 1, 1)
+        for i in range(20):
+            u, v = dx * w[i] * mirror[i], dy * h[i]
+            across = math.cos(angle[i]) * u - math.sin(angle[i]) * v + cx[i] + (W - 1) / 2
+            down = math.sin(angle[i]) * u + math.cos(angle[i]) * v + cy[i] + (H - 1) / 2
+            for c in range(2):
+                wanted = scipy.ndimage.map_coordinates(x[i, c].numpy(), [down, across], order=1,
+                                                       mode='grid-constant')
+                assert close(views[i, c], wanted, 1e-4)
+
+
+def test_fixed_views_are_the_image_its_mirror_and_four_corner_crops():
+    x = rand(3, 2, 50, 75)
+    count = {(crop, flip): len(list(augment.fixed_views(x, crop, flip))) for crop in (0, 1) for flip in (0, 1)}
+    assert count == {(0, 0): 1, (0, 1): 2, (1, 0): 5, (1, 1): 6}
+    same, mirrored, *corners = augment.fixed_views(x, True, True)
+    assert torch.equal(same, x) and torch.equal(mirrored, x.flip(3))
+    plain = list(augment.fixed_views(x, True, False))[1:]
+    for i, (dx, dy) in enumerate(itertools.product((-1, 1), repeat=2)):
+        down = (np.arange(50) - 24.5) * 0.96 + dy * 0.04 * 25                # 96 % of each side, in that corner
+        across = (np.arange(75) - 37) * 0.96 + dx * 0.04 * 37.5
+        places = np.meshgrid(down + 24.5, across + 37, indexing='ij')
+        wanted = scipy.ndimage.map_coordinates(x[0, 0].numpy(), places, order=1, mode='grid-constant')
+        assert close(plain[i][0, 0], wanted, 1e-4)
+        assert close(corners[i], plain[i].flip(3) if dx != dy else plain[i], 1e-4)
+
+
+def test_jitter_on_grey_is_brightness_and_contrast_and_nothing_else():
+    x = rand(50, 1, 9, 8) * 0.2 + 0.4                                     # in the middle: nothing is clipped
+    out = augment.color_jitter(x, 0.1, seeded())
+    for a, b in zip(x.flatten(1).double().numpy(), out.flatten(1).double().numpy()):
+        slope, offset = np.polyfit(a, b, 1)                               # contrast, then what brightness adds
+        assert close(b, slope * a + offset, 1e-5) and 0.8 < slope < 1.22
+        bright = b.mean() / a.mean()
+        assert 0.9 - 1e-6 <= bright <= 1.1 + 1e-6 and 0.9 - 1e-6 <= slope / bright <= 1.1 + 1e-6
+
+
+def test_colour_jitter_parts_by_their_formulas():
+    x = rand(4, 3, 5, 6)
+    luma = (x * LUMA).sum(1, keepdim=True)
+    f = (torch.rand(4, 1, generator=seeded()) * 0.8 + 0.6).view(4, 1, 1, 1)
+    mean = luma.mean((2, 3), keepdim=True)
+    assert close(augment.brightness(x, 0.4, seeded()), x * f)
+    assert close(augment.contrast(x, 0.4, seeded()), mean + (x - mean) * f)
+    assert close(augment.saturation(x, 0.4, seeded()), luma + (x - luma) * f)
+    turned = augment.hue(x, 0.4, seeded())
+    assert close((turned * LUMA).sum(1, keepdim=True), luma) and (turned - x).abs().max() > 0.05
+    assert close(augment.hue(x, 0, seeded()), x)
+    grey = x[:, :1].expand(-1, 3, -1, -1)
+    assert close(augment.hue(grey, 0.4, seeded()), grey, 2e-3)            # YIQ rows sum to 0 to 3 digits
+
+
+def test_grey_takes_the_colours_out_of_a_share_of_the_images():
+    x, views = rand(400, 3, 5, 6), dataclasses.replace(ALL_OFF, grey=0.25)
+    out = augment.augment(x, views, seeded())
+    grey = (out - (x * LUMA).sum(1, keepdim=True)).abs().amax((1, 2, 3)) < 1e-6
+    assert 70 < grey.sum() < 130 and torch.equal(out[~grey], x[~grey])
+    one, coloured = rand(9, 1, 5, 6), dataclasses.replace(ALL_ON, grey=0)
+    assert torch.equal(augment.augment(one, ALL_ON, seeded(1)), augment.augment(one, coloured, seeded(1)))
+
+
+def test_half_precision_around_them_changes_no_view():
+    for C, seed in itertools.product((1, 3), range(6)):                   # six orders of the parts of colour jitter
+        x = rand(8, C, 28, 28)
+        plain = augment.augment(x, ALL_ON, seeded(seed))
+        with torch.autocast('cpu', torch.bfloat16):
+            assert torch.equal(augment.augment(x, ALL_ON, seeded(seed)), plain)
+
+
+def test_blur_keeps_the_sum_is_a_gaussian_and_scales_with_the_image():
+    for side, taps in (28, 3), (96, 9), (9, 3):
+        x = torch.zeros(60, 1, side, side)
+        x[:, :, side // 2, side // 2] = 1
+        out = augment.blur(x, 1.0, seeded())[:, 0]
+        m, r = side // 2, taps // 2
+        core = out[:, m - r:m + r + 1, m - r:m + r + 1]
+        assert close(out.sum((1, 2)), np.ones(60)) and close(core.sum((1, 2)), np.ones(60))
+        peak = core[:, r, r]
+        assert peak.min() < 0.5 < 0.95 < peak.max()                       # strong to none: not degenerate at 28
+        ratio = (core[:, r, r + 1] / peak).clamp(1e-30).double()          # exp(-1 / 2 sigma^2)
+        i, j = torch.meshgrid(*[torch.arange(-r, r + 1)] * 2, indexing='ij')
+        gauss = ratio.view(-1, 1, 1) ** (i ** 2 + j ** 2)
+        assert close(core, gauss / gauss.sum((1, 2), keepdim=True), 1e-4)
+    x = rand(400, 3, 28, 28)
+    changed = (augment.blur(x, 0.25, seeded()) - x).abs().amax((1, 2, 3)) > 1e-3
+    assert 50 < changed.sum() < 120
+    flat = torch.full((2, 1, 9, 13), 0.7)
+    assert close(augment.blur(flat, 1.0), flat)                           # nothing gets in from beyond the border
+
+
+def test_cutout_erases_one_square_of_the_size_asked_for():
+    x, g = torch.ones(50, 3, 9, 14), seeded(5)
+    out = augment.cutout(x, 0.4, seeded(5))
+    cy, cx = (torch.rand(50, 1, generator=g).flatten() * n for n in (9, 14))
+    for i, h, w in itertools.product(range(50), range(9), range(14)):
+        inside = abs(h + 0.5 - cy[i]) <= 0.4 * 9 / 2 and abs(w + 0.5 - cx[i]) <= 0.4 * 14 / 2
+        assert out[i, :, h, w].tolist() == [0.0 if inside else 1.0] * 3
+
+
+def test_noise_has_the_standard_deviation_asked_for():
+    x = torch.full((50, 1, 40, 40), 0.5)
+    noise = augment.add_noise(x, 0.05, seeded()) - x
+    assert abs(noise.std() - 0.05) < 5e-4 and abs(noise.mean()) < 5e-4 and x.unique().tolist() == [0.5]
+    assert abs((noise / 0.05).pow(4).mean() - 3) < 0.1                    # a Gaussian's fourth moment
+    loud = augment.add_noise(x, 5.0, seeded())
+    assert loud.min() == 0 and loud.max() == 1

@@ -1,0 +1,121 @@
+from helpers import HERE, arrays, cli, finished, folder, inside, modules, python, write_npz
+import base64
+import contextlib
+import io
+import json
+import re
+import shlex
+import shutil
+from unittest import mock
+
+import numpy as np
+
+import data
+import report
+import runs
+
+PAGES = [HERE / 'README.md', *sorted((HERE / 'docs').glob('*.md'))]
+
+
+def test_every_command_of_the_pages_parses_and_every_flag_they_name_exists():
+    known = {option for action in cli().make_parser()._actions for option in action.option_strings}
+    known |= {'--fuzz', '--soak', '--nproc-per-node', '--against', '--standalone'}     # of other programs
+    commands = 0
+    for page in PAGES:
+        text = page.read_text().replace('\\\n', ' ')
+        for line in re.findall(r'^ +(?:python|torchrun [^\n]*?) ?ssl\.py (.*)', text, re.M):
+            words = shlex.split(line, comments=True)
+            if '...' not in words:
+                cli().parse(words)
+                commands += 1
+        unknown = set(re.findall(r'(?<![\w-])--[a-z][a-z-]*', text)) - known
+        assert not unknown, (page.name, unknown)
+    assert commands > 15
+    assert len((HERE / 'README.md').read_bytes()) <= 12_000
+
+
+def test_every_link_of_the_pages_leads_somewhere_and_every_module_is_in_the_readme():
+    for page in PAGES:
+        text = page.read_text()
+        for target, anchor in re.findall(r'\]\((?!http)([^)#]*)#?([^)]*)\)', text):
+            path = page.parent / target if target else page
+            assert path.exists(), (page.name, target)
+            heads = re.findall(r'^#+ (.*)', path.read_text(), re.M) if anchor else []
+            anchors = [re.sub(r'[^\w -]', '', head.lower()).replace(' ', '-') for head in heads]
+            assert not anchor or anchor in anchors, (page.name, anchor)
+        assert 'TODO' not in text, page.name
+    readme = (HERE / 'README.md').read_text()
+    assert all(f'`{path.name}`' in readme for path in HERE.glob('*.py'))
+
+
+def test_the_readmes_python_runs_from_any_folder_beside_a_users_own_data_module():
+    code, = re.findall(r'```python\n(.*?)```', (HERE / 'README.md').read_text(), re.S)
+    with folder() as cwd:
+        (cwd / 'data.py').write_text('mine = 1\n')
+        (cwd / 'try.py').write_text(code.replace('path/to/this/folder', str(HERE)))
+        shutil.copytree(finished('classify'), cwd / 'runs/classify')
+        np.savez(cwd / 'new.npz', x=arrays()['x_test'])
+        process = python('try.py', cwd=cwd)
+        out, err = process.communicate(timeout=60)
+        classes = runs.open_run(finished('classify')).predict(arrays()['x_test']).argmax(1)
+        assert process.returncode == 0 and out == f'{[str(k) for k in classes.tolist()]}\n', err
+
+
+def apply(diff, there):
+    """Apply a unified diff to the files of a folder; what it changes, with its context, is in one place of the file,
+    whatever its line numbers."""
+    for part in re.split(r'^--- a/', diff, flags=re.M)[1:]:
+        path = there / part.split('\n')[0]
+        hunks = re.split(r'^@@ .*\n', part, flags=re.M)[1:]
+        for body in hunks:
+            lines = [line if line.strip() else ' \n' for line in body.splitlines(keepends=True)]
+            old = ''.join(line[1:] for line in lines if line[0] in ' -')
+            new = ''.join(line[1:] for line in lines if line[0] in ' +')
+            assert path.read_text().count(old) == 1, f'{path.name} has not once:\n{old}'
+            path.write_text(path.read_text().replace(old, new))
+
+
+def test_each_change_that_forking_shows_is_small_applies_and_works():
+    shown = re.findall(r'```diff\n(.*?)```.*?^ +python ssl\.py (.*?)\n', (HERE / 'docs/forking.md').read_text(), re.S | re.M)
+    assert len(shown) >= 3
+    with folder() as cwd, contextlib.ExitStack() as stack:
+        write_npz(cwd / 'tiny.npz')
+        started = []
+        for i, (diff, words) in enumerate(shown):
+            changed = re.findall(r'^(?:[+](?![+][+])|-(?!--))', diff, re.M)
+            assert 0 < len(changed) < 25, diff
+            there = cwd / f'copy{i}'
+            there.mkdir()
+            for path in [*HERE.glob('*.py'), *HERE.glob('*.html')]:
+                shutil.copy(path, there)
+            apply(diff, there)
+            small = ['--data', 'tiny.npz'] if '--data' not in words else []
+            if 'pixels' not in words:
+                small += ['--epochs', 1, '--batch-size', 60, '--no-amp']
+            process = python(there / 'ssl.py', *words.split(), *small, '--name', f'run{i}', cwd=cwd)
+            stack.callback(process.kill)
+            started.append(process)
+        for i, process in enumerate(started):
+            _, err = process.communicate(timeout=120)
+            assert process.returncode == 0 and not err and (cwd / f'runs/run{i}/metrics.json').exists(), err
+
+
+def test_the_tour_runs_as_plain_python_and_its_images_are_inside():
+    book = json.loads((HERE / 'tour.ipynb').read_text())
+    code = [''.join(cell['source']) for cell in book['cells'] if cell['cell_type'] == 'code']
+    outputs = [out for cell in book['cells'] for out in cell.get('outputs', ())]
+    stored = [out['data']['image/png'] for out in outputs if 'image/png' in out.get('data', ())]
+    seen, out, png, space = [], io.StringIO(), report.png, {'__name__': '__main__'}
+
+    def spy(image):
+        seen.append(png(image))
+        return seen[-1]
+    with folder() as cwd:
+        for key, name in data.IDX_NAMES.items():
+            data.write_idx(cwd / name, arrays(200, H=14, W=14, K=10)[key].astype(np.uint8))
+        with inside(cwd), mock.patch.object(data, 'find', return_value=cwd), modules(IPython_display=None), \
+                contextlib.redirect_stdout(out), mock.patch.object(report, 'png', spy):
+            for cell in code:
+                exec(compile(cell, 'tour.ipynb', 'exec'), space)
+    assert len(code) > 5 and len(seen) == len(stored) >= 4
+    assert all(base64.b64decode(image).startswith(b'\x89PNG') for image in stored)

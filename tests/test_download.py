@@ -1,0 +1,239 @@
+import contextlib
+import errno
+import gzip
+import hashlib
+import io
+import os
+import tarfile
+import urllib.error
+from unittest import mock
+
+from helpers import folder, full_disk, inside, posix, raises
+
+import numpy as np
+
+import data
+import download
+
+FILE = bytes(range(256)) * 1000                               # what the mirrors of these tests hold
+
+
+class Response:
+    """What `download.open_url` returns: `content`, at most 10,000 bytes a read, then `error` if there is one."""
+
+    def __init__(self, content=FILE, status=200, headers=(), error=None):
+        self.content, self.status, self.headers, self.error = content, status, dict(headers), error
+        self.sent = 0
+
+    def read(self, n):
+        chunk = self.content[self.sent:self.sent + min(n, 10_000)]
+        self.sent += len(chunk)
+        if not chunk and self.error:
+            raise self.error
+        return chunk
+
+    def close(self):
+        pass
+
+
+def whole(start):
+    return Response()
+
+
+def rest(start, content=FILE):
+    length = len(content) - start
+    return Response(content[start:], 206 if start else 200, {'Content-Length': str(length)})
+
+
+def wrong(start):
+    return Response(bytes(len(FILE)))
+
+
+def http_error(code):
+    def fails(start):
+        raise urllib.error.HTTPError('https://a/images.gz', code, 'no', {}, None)
+    return fails
+
+
+def broken(error):
+    """A mirror whose answer stops after 70,000 bytes; with an error, if one is given."""
+    return lambda start: Response(FILE[:70_000], error=error)
+
+
+def downloaded(part=None, **mirrors):
+    """Download FILE from mirrors {host: function of start}: (file, part or None, requests, error)."""
+    requests, error = [], None
+
+    def open_url(url, start):
+        host = url.split('/')[2]
+        requests.append((host, start))
+        return mirrors[host](start)
+
+    with folder() as f, mock.patch.object(download, 'open_url', open_url):
+        if part is not None:
+            (f / 'images.gz.part').write_bytes(part)
+        urls = [f'https://{host}/images.gz' for host in mirrors]
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                download.download(urls, str(f / 'images.gz'), hashlib.sha256(FILE).hexdigest(), len(FILE))
+        except OSError as e:
+            error = e
+        left = {path.name: path.read_bytes() for path in f.iterdir()}
+    return left.get('images.gz'), left.get('images.gz.part'), requests, error
+
+
+def test_a_download_ends_with_the_whole_file_or_goes_on_where_it_broke_off():
+    reset = broken(ConnectionResetError('reset'))
+    for part, mirrors, requests in (
+            (None, {'a': whole}, [('a', 0)]),
+            (None, {'a': reset, 'b': rest}, [('a', 0), ('b', 70_000)]),
+            (None, {'a': broken(None), 'b': rest}, [('a', 0), ('b', 70_000)]),      # a connection that just ends
+            (FILE[:5], {'a': rest}, [('a', 5)]),
+            (FILE, {'a': rest}, []),                          # killed just before the rename
+            (b'junk', {'a': whole}, [('a', 4)]),              # a server that ignores the range
+            (FILE + b'x', {'a': rest}, [('a', 0)]),
+            (b'not these', {'a': rest}, [('a', 9), ('a', 0)]),          # the part was wrong: again, from zero
+            (bytes(len(FILE)), {'a': rest}, [('a', 0)]),
+            (None, {'a': wrong, 'b': rest}, [('a', 0), ('b', 0)]),
+            (None, {'a': http_error(404), 'b': rest}, [('a', 0), ('b', 0)])):
+        assert downloaded(part, **mirrors) == (FILE, None, requests, None), (part, mirrors)
+
+
+def test_a_download_that_fails_says_in_one_sentence_why_and_keeps_what_is_right():
+    def unknown(start):
+        raise urllib.error.URLError(OSError(-2, 'Name or service not known'))
+
+    page = Response(b'<html>log in</html>', headers={'Content-Length': '19'})
+    for part, mirrors, left, said in (
+            (None, {'a': broken(TimeoutError('timed out'))}, FILE[:70_000], 'a (timed out)'),
+            (None, {'a': wrong}, None, 'a (wrong checksum)'),
+            (FILE[:9], {'a': lambda start: page}, FILE[:9], 'a (HTTP 200 with 19 bytes where 256000 were wanted)'),
+            (None, {'a': unknown, 'b': http_error(503)}, None, 'a (Name or service not known), b (HTTP 503)')):
+        file, kept, _, error = downloaded(part, **mirrors)
+        assert file is None and kept == left and isinstance(error, ConnectionError), said
+        assert str(error) == f'images.gz could not be downloaded: {said}'
+    assert page.sent == 0                                     # a hotel's log-in page is not begun
+
+
+def test_no_more_is_read_than_the_file_has():
+    endless = Response(FILE * 2)
+    assert downloaded(a=lambda start: endless)[0] == FILE and endless.sent == len(FILE)
+
+
+def test_a_full_disk_is_an_error_of_its_own():
+    posix()
+    with full_disk(100_000):
+        _, part, requests, error = downloaded(a=whole, b=whole)
+    assert error.errno == errno.EFBIG and not isinstance(error, ConnectionError) and requests == [('a', 0)]
+    assert len(part) == 100_000 and FILE.startswith(part)     # kept for the next try
+
+
+def test_fashion_mnist_downloads_only_the_files_that_are_missing():
+    names, asked = list(download.FASHION_MNIST), []
+
+    def record(urls, path, checksum, size):
+        asked.append((os.path.basename(path), len(urls), size))
+
+    with folder() as f, mock.patch.object(download, 'download', record):
+        (f / names[0]).touch()
+        download.fashion_mnist(f)
+    assert asked == [(name, 3, download.FASHION_MNIST[name][1]) for name in names[1:]]
+    assert all(len(sha256) == 64 for sha256, _ in download.FASHION_MNIST.values())
+
+
+def member(name, content=None, kind=tarfile.REGTYPE):
+    """(TarInfo, content) of a file, or of a link to ../outside, a device, a folder."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, '' if kind == tarfile.REGTYPE else '../outside'
+    info.size = len(content or b'')
+    return info, io.BytesIO(content or b'')
+
+
+def targz(*members):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode='w:gz') as tar:
+        for info, content in members:
+            tar.addfile(info, content)
+    return out.getvalue()
+
+
+def files_below(f):
+    paths = [path for path in f.rglob('*') if path.is_symlink() or path.is_file()]
+    return {path.relative_to(f).as_posix(): path.read_bytes() for path in paths if path.suffix != '.gz'}
+
+
+def unpacked(f, blob, *names):
+    """Unpack the blob into f/to; all files below f afterwards."""
+    (f / 'a.tar.gz').write_bytes(blob)
+    (f / 'to').mkdir(exist_ok=True)
+    download.unpack(f / 'a.tar.gz', f / 'to', names)
+    return files_below(f)
+
+
+def test_unpack_writes_the_plain_files_it_was_told_of_into_the_folder_and_nothing_else():
+    blob = targz(member('set', kind=tarfile.DIRTYPE), member('set/x.bin', b'images'), member('readme', b'no'),
+                 member('../y.bin', b'up'), member('/etc/z.bin', b'root'), member('../../evil', b'no'),
+                 member('set/x.bin', b'again'))
+    with folder() as f:
+        wanted = {'to/x.bin': b'images', 'to/y.bin': b'up', 'to/z.bin': b'root'}
+        assert unpacked(f, blob, 'x.bin', 'y.bin', 'z.bin') == wanted
+        assert not (f.parent / 'evil').exists()
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE):
+        with folder() as f:
+            (f / 'outside').write_bytes(b'mine')
+            with raises(ValueError, 'a.tar.gz', 'has no x.bin'):
+                unpacked(f, targz(member('x.bin', kind=kind)), 'x.bin')
+            assert files_below(f) == {'outside': b'mine'}, kind
+
+
+def test_a_damaged_archive_is_one_sentence_and_leaves_no_half_file():
+    noise = np.random.default_rng(0).bytes(50_000)
+    good = targz(member('x.bin', noise), member('y.bin', b'labels'))
+    cut = gzip.compress(gzip.decompress(good)[:30_000])
+    with folder() as f:
+        for blob in good[:30_000], cut, b'', b'<html>', gzip.compress(b'no tar' * 999):
+            with raises(ValueError, 'a.tar.gz can not be unpacked'):
+                unpacked(f, blob, 'x.bin')
+            assert not files_below(f)
+        posix()
+        (f / 'a.tar.gz').write_bytes(good)
+        with full_disk(20_000):
+            try:
+                download.unpack(f / 'a.tar.gz', f / 'to', ['x.bin'])
+            except OSError as e:
+                assert e.errno == errno.EFBIG
+            else:
+                raise AssertionError('the disk was full')
+        assert not files_below(f)
+
+
+def test_an_archive_is_downloaded_checked_unpacked_and_removed_and_not_asked_for_again():
+    blob = targz(member('set/x.bin', FILE), member('set/y.txt', b'names'))
+    archive = download.Archive('https://a.org/set.tar.gz', hashlib.md5(blob).hexdigest(), len(blob),
+                               ['x.bin', 'y.txt'])
+    asked = []
+
+    def open_url(url, start):
+        asked.append((url, start))
+        return rest(start, blob)
+
+    with contextlib.ExitStack() as stack:
+        f = stack.enter_context(folder())
+        stack.enter_context(inside(f))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.enter_context(mock.patch.object(download, 'open_url', open_url))
+        stack.enter_context(mock.patch.dict(download.ARCHIVES, stl10=archive))
+        there = data.Path('data/stl10')
+        there.mkdir(parents=True)
+        (there / 'set.tar.gz.part').write_bytes(blob[:99])
+        for _ in range(2):
+            assert data.find('stl10') == there and asked == [(archive.url, 99)]
+            assert files_below(f) == {'data/stl10/x.bin': FILE, 'data/stl10/y.txt': b'names'}
+        (there / 'y.txt').unlink()
+        (there / 'set.tar.gz').write_bytes(blob)              # brought by hand
+        assert data.find('stl10') == there and len(asked) == 1 and len(files_below(f)) == 2
+        (there / 'x.bin').unlink()
+        blob = bytes(len(blob))
+        with raises(ConnectionError, 'a.org (wrong checksum)'):
+            data.find('stl10')
+    assert all(len(a.md5) == 32 and a.url.startswith('https://') for a in download.ARCHIVES.values())

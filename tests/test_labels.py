@@ -1,0 +1,215 @@
+"""labels.py: the label database, which images to ask about, and the accuracy estimate."""
+from helpers import close, folder, full_disk, posix, raises, randn
+
+import contextlib
+import functools
+import math
+import sqlite3
+from unittest import mock
+
+import numpy as np
+import scipy.spatial
+import scipy.stats
+import torch
+
+import evaluate
+import labels
+from labels import Estimate, LabelDatabase
+
+
+# ------------------------------------------------------------------------------------- the database
+
+def lists(pair):
+    return [t.tolist() for t in pair]
+
+
+def test_a_label_is_charged_once_within_the_budget_and_written_before_it_is_given():
+    y = [5, 6, 7, 8, 9]
+    oracle = mock.Mock(side_effect=lambda ids: [y[i] for i in ids])
+    with folder() as f:
+        database = LabelDatabase(f / 'l.sqlite', oracle, 3, 'abc')
+        database.query([3, 1, 3])
+        assert lists(database.labels_of_round()) == [[3, 1], [8, 6]] and database.spent == 2
+        database.query(torch.tensor([1, 4]))
+        assert [call.args for call in oracle.call_args_list] == [([3, 1],), ([4],)]
+        with raises(ValueError, '1 more', 'budget of 3'):
+            database.query([0, 1])
+        database.query([4, 3])                              # known: it costs nothing
+        assert oracle.call_count == 2
+        again = LabelDatabase(f / 'l.sqlite', None, 0, 'abc')                  # as after a crash
+        assert lists(again.labels_of_round()) == [[3, 1, 4], [8, 6, 9]] == lists(database.labels_of_round())
+        for answers in (lambda ids: 1 / 0), (lambda ids: [2, -1]):
+            again = LabelDatabase(f / 'l.sqlite', answers, 5, 'abc')
+            with contextlib.suppress(ZeroDivisionError, ValueError):
+                again.query([0, 2], 1)
+            assert again.spent == 3 and list(again.rounds()) == [0]        # nothing is charged for no answer
+
+
+def test_rounds_estimates_and_predictions_are_kept_with_the_answers():
+    estimate = Estimate(0.75, 0.5, 0.875, 12)
+    with folder() as f:
+        database = LabelDatabase(f / 'l.sqlite', lambda ids: [i % 3 for i in ids], 9, 'abc')
+        database.query([4, 5])
+        database.query([7, 8, 3], 1, [(1, 0.9, 1, 0), (0, 0.6, 0, 1), (0, 0.6, 0, 1)])
+        database.query([], 2, [], estimate)
+        again = LabelDatabase(f / 'l.sqlite', None, 0, 'abc')
+        assert again.rounds() == {0: (2, None), 1: (3, None), 2: (0, estimate)} and again.spent == 5
+        assert again.audits(0).tolist() == [False, True] and again.audits(2).shape == (0,)
+        assert again.labels_of_round(up_to=0)[0].tolist() == [4, 5]
+        assert again.history() == [(4, 1, 0, None), (5, 2, 0, None), (7, 1, 1, 1), (8, 2, 1, 0), (3, 0, 1, 0)]
+        assert close(again.round_counts(1), [3, 3, 0, 1 / 3]) and again.round_counts(0) == (2, 2, 0, None)
+
+
+def test_a_round_answered_one_by_one_goes_on_after_a_kill_with_the_same_open_questions():
+    with folder() as f:
+        reopen = functools.partial(LabelDatabase, f / 'l.sqlite', None, 5, 'abc')
+        database = reopen()
+        database.query([7, 3, 9], 0, [(1, 0.9, 1, 0), (0, 0.6, 0, 1), (2, 0.5, 1, 0)])
+        with raises(ValueError, '3 more', 'budget of 5'):
+            database.query([1, 2, 4], 1)                    # an open question is as good as spent
+        with raises(ValueError, 'l.sqlite'):
+            database.query([1, 2], 1, [(1, 0.9, 1, 0), (1, 0.9, 1, 'yes')])    # breaks half-way
+        assert database.unanswered(1) == [] and list(database.rounds()) == [0]
+        assert database.spent == 0 and database.unanswered(0) == [7, 3, 9] and database.last(0) is None
+        assert database.answer(3, 2, 0) and not database.answer(3, 1, 0) and not database.answer(5, 1, 0)
+        assert not database.answer(7, 1, 1) and not database.answer(7, 1, None)           # not of this round
+        database = reopen()
+        assert database.unanswered(0) == [7, 9] and database.spent == 1 and database.last(0) == (3, 2)
+        assert database.answer(7, None, 0) and database.last(0) == (7, None) and database.spent == 1
+        assert not database.undo(3, 0) and database.undo(7, 0) and not database.undo(7, 0)
+        assert database.undo(3, 0) and not database.undo(3, 0)
+        database = reopen()
+        assert database.unanswered(0) == [7, 3, 9] and database.spent == 0
+        assert database.answer(9, 1, 0) and database.answer(7, 1, 0) and database.answer(3, None, 0)
+        assert not database.undo(3, 0) and database.last(0) is None            # the round is over
+        assert lists(database.labels_of_round()) == [[7, 9], [1, 1]]
+        assert database.asked().tolist() == [7, 3, 9] and database.round_counts(0) == (3, 2, 1, 0.5)
+        database.query([1, 2, 4], 1)                        # the skipped one was not charged
+        with raises(ValueError, 'budget'):
+            database.query([5], 1)
+
+
+def test_a_file_that_can_not_be_used_is_one_sentence_that_names_it():
+    with folder() as f:
+        good, path = f / 'good.sqlite', f / 'l.sqlite'
+        database = LabelDatabase(good, lambda ids: [0] * len(ids), 99, 'abc')
+        database.query(range(90))
+        with raises(ValueError, 'l.sqlite is missing'):
+            LabelDatabase(path, None, 0, 'abc')
+        with raises(ValueError, 'good.sqlite', 'another data set'):
+            LabelDatabase(good, None, 0, 'other')
+        blob = good.read_bytes()
+        assert len(blob) > 8192
+        for content in b'junk' * 300, blob[:5000], blob[:4096] + bytes(4096) + blob[8192:]:
+            path.write_bytes(content)
+            with raises(ValueError, 'l.sqlite'):
+                LabelDatabase(path, None, 9, 'abc')
+        for change, said in (("UPDATE queries SET label = 'cat' WHERE id = 5", 'CHECK'),
+                             ('UPDATE queries SET label = 0.5', 'CHECK'),
+                             ('UPDATE queries SET audit = 2', 'CHECK'),
+                             ('CREATE VIEW v AS SELECT 1', 'version'),
+                             ('DROP TABLE rounds', 'version'),
+                             ('DELETE FROM dataset', 'data set')):
+            path.write_bytes(blob)
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+                other.execute('PRAGMA ignore_check_constraints = ON')
+                other.execute(change)
+            with raises(ValueError, 'l.sqlite', said):
+                LabelDatabase(path, None, 9, 'abc')
+
+
+def test_a_locked_database_is_in_use_and_not_damaged_and_loses_nothing():
+    with folder() as f, mock.patch.object(sqlite3, 'connect', functools.partial(sqlite3.connect, timeout=0)):
+        database = LabelDatabase(f / 'l.sqlite', None, 9, 'abc')
+        database.query([1, 2])
+        with contextlib.closing(sqlite3.connect(f / 'l.sqlite', isolation_level=None)) as other:
+            other.execute('BEGIN EXCLUSIVE')
+            for use in (lambda: LabelDatabase(f / 'l.sqlite', None, 9, 'abc'), lambda: database.spent,
+                        lambda: database.answer(1, 0, 0), lambda: database.query([3], 1)):
+                with raises(ValueError, 'l.sqlite is in use by another program', 'try again'):
+                    use()
+        assert database.unanswered(0) == [1, 2] and list(database.rounds()) == [0]
+        assert database.answer(1, 0, 0)
+
+
+def test_a_full_disk_leaves_the_answers_that_were_there():
+    posix()
+    with folder() as f:
+        database = LabelDatabase(f / 'l.sqlite', lambda ids: [1] * len(ids), 9000, 'abc')
+        database.query([1, 2])
+        with full_disk(30000), raises(ValueError, 'l.sqlite'):
+            database.query(range(3, 8000), 1)
+        again = LabelDatabase(f / 'l.sqlite', None, 0, 'abc')
+        assert again.asked().tolist() == [1, 2] == database.asked().tolist()
+
+
+# ------------------------------------------------------------------------------------- which to ask
+
+def test_picks_are_random_or_nearest_to_the_centres_of_clusters():
+    a, b, c = (labels.pick_random(5, 50, seed).tolist() for seed in (0, 0, 1))
+    assert a == b != c
+    assert sorted(labels.pick_random(50, 50, 1).tolist()) == list(range(50))
+    blob = torch.arange(60) % 3
+    h = 0.1 * randn(60, 2) + torch.tensor([[0.0, 0], [5, 0], [0, 5]])[blob]
+    assert sorted(blob[labels.pick_coverage(3, h, 0)].tolist()) == [0, 1, 2]
+    ids = labels.pick_coverage(10, torch.cat([h[:1].expand(30, 2), h[:9]]), 0)
+    assert len(set(ids.tolist())) == 10                     # more clusters than different points
+    centres = randn(4, 2, seed=1) * 5
+    d = scipy.spatial.distance.cdist(h.numpy(), centres.numpy())
+    nearest = d.argmin(1)
+    wanted = {min(np.flatnonzero(nearest == k), key=lambda i, k=k: d[i, k]) for k in set(nearest)}
+    assert set(evaluate.medoids(h, centres).tolist()) == wanted
+
+
+def test_informative_queries_are_disagreements_and_small_margins_never_known_and_spread():
+    h = torch.nn.functional.normalize(randn(400, 6, seed=2), dim=1)
+    probs = (3 * randn(400, 4, seed=3)).softmax(1)
+    known = torch.arange(40)
+    y = known % 4
+    ids, agreed = labels.pick_informative(20, probs, h, known, known, y, 'a')
+    assert len(set(ids.tolist())) == 20 and not set(ids.tolist()) & set(known.tolist())
+    vote = []
+    for row in h:                                           # the vote of the neighbours written out
+        near = sorted(range(40), key=lambda j, row=row: -float(row @ h[j]))[:10]
+        weights = [0.0] * 4
+        for j in near:
+            weights[y[j]] += math.exp(float(row @ h[j]) / 0.1)
+        vote.append(weights.index(max(weights)))
+    assert agreed.tolist() == [v == p for v, p in zip(vote, probs.argmax(1).tolist())]
+    assert not agreed[ids[:10]].any()
+    top = probs.topk(2, 1).values
+    margin = (top[:, 0] - top[:, 1]).tolist()
+    still_open = sorted(set(range(40, 400)) - set(ids[:10].tolist()), key=margin.__getitem__)
+    assert set(ids[10:].tolist()) <= set(still_open[:150])
+    again, other = (labels.pick_informative(20, probs, h, known, known, y, seed)[0].tolist() for seed in 'ab')
+    assert again == ids.tolist() != other
+    few = labels.pick_informative(355, probs, h, known, known, y, 'a')[0]    # not so many disagreements
+    assert len(set(few.tolist())) == 355 and not set(few.tolist()) & set(known.tolist())
+    twins = torch.cat([known, 40 + torch.arange(0, 360) // 60 % 6])        # six images, each many times
+    ids = labels.pick_informative(6, probs[twins], h[twins], known, known, y, 'a')[0]
+    assert len(set(ids.tolist())) == 6
+
+
+# --------------------------------------------------------------------------------- how good it is
+
+def test_the_interval_of_an_estimate_is_exact_and_below_twelve_answers_there_is_none():
+    for n, k in (12, 0), (12, 11), (12, 12), (50, 33), (200, 199):
+        estimate = labels.estimate_accuracy(torch.arange(n) < k)
+        wanted = scipy.stats.binomtest(k, n).proportion_ci(method='exact')
+        assert close(estimate, [k / n, *wanted, n], 1e-9)
+    assert labels.estimate_accuracy(torch.ones(11, dtype=torch.bool)) is None
+    assert labels.describe_estimate(estimate) == '99.5 % (97.2 to 100.0 %)'
+    assert 'too few to say' in labels.describe_estimate(None)
+
+
+def test_the_interval_covers_the_accuracy_as_often_as_stated():
+    rng = np.random.default_rng(0)
+    draws = 300
+    for n in 12, 50, 200:
+        for accuracy in 0.6, 0.9, 0.986, 0.997:             # Wilson's interval covers 84 % at 12 and 0.986
+            right = rng.permutation(np.arange(10000) < 10000 * accuracy)
+            inside = 0
+            for _ in range(draws):
+                estimate = labels.estimate_accuracy(torch.from_numpy(rng.choice(right, n, replace=False)))
+                inside += estimate.low <= accuracy <= estimate.high
+            assert inside / draws > 0.95 - 2 * math.sqrt(0.95 * 0.05 / draws), (n, accuracy, inside)

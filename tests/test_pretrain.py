@@ -1,0 +1,207 @@
+from helpers import (TRAINED, UNLABELLED, arrays, close, drawn, finished, folder, home, images, logged, measured, rand,
+                     refused, run, tiny, weights, write_npz)
+import itertools
+import math
+from unittest import mock
+
+import numpy as np
+import torch
+
+import augment
+import data
+import evaluate
+import features
+import nets
+import pretrain
+import runs
+from device import generator
+
+OFF = augment.Views(crop=1, flip=False, rotate=0, jitter=0)
+
+
+def nt_xent_by_loops(z1, z2, tau):
+    z = torch.nn.functional.normalize(torch.cat([z1, z2]).double(), dim=1).detach().numpy()
+    B, total = len(z1), 0.0
+    for i in range(2 * B):
+        similarity = [math.exp(z[i] @ z[j] / tau) for j in range(2 * B)]
+        total -= math.log(similarity[(i + B) % (2 * B)] / (sum(similarity) - similarity[i]))
+    return total / (2 * B)
+
+
+def test_contrastive_is_nt_xent_of_two_views_plus_the_weighed_error_of_what_the_features_decode_to():
+    torch.manual_seed(0)
+    for recon in 0.0, 3.0:
+        model = nets.build('simclr', 'fc', (1, 8, 8), 0.1, None, bool(recon)).eval()
+        x = rand(6, 1, 8, 8)
+        with mock.patch.object(augment, 'augment', lambda x, views, g: x + torch.arange(len(x)).view(-1, 1, 1, 1) / 99):
+            seen = augment.augment(torch.cat([x, x]), None, None)
+            loss, parts = pretrain.contrastive(model, x, None, 0.5, OFF, recon)
+        h = model.encode(seen)
+        wanted = nt_xent_by_loops(*model.project(h).chunk(2), 0.5)
+        if recon:
+            wanted += recon * ((model.decode(h) - seen) ** 2).mean().item()
+        assert close(loss, wanted, 1e-4) and close(parts['chance'], math.log(11))
+
+
+def test_with_neighbours_each_image_is_paired_with_a_neighbour_of_its_own():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    all_x = (rand(30, 1, 2, 2) * 255).byte()
+    near = torch.randint(30, (6, 4), generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def objective(model, x, g, other):
+        return model(x) + model(other), other
+
+    def rows(ids):
+        seen.append(ids)
+        return all_x[ids]
+    for step in range(40):
+        loss, other = pretrain.with_neighbours(net, all_x[:6] / 255, near, generator('cpu', step), rows, objective)
+        assert close(other, all_x[seen[-1]] / 255)
+    for i, drawn_ids in enumerate(torch.stack(seen, 1)):      # each of its neighbours, and nobody else
+        assert set(drawn_ids.tolist()) == set(near[i].tolist())
+
+
+def test_the_last_epochs_of_simclr_pair_neighbours_in_its_own_features():
+    found, neighbours = [], features.neighbours
+
+    def spy(h, k):
+        found.append((h, k, neighbours(h, k)))
+        return found[-1][2]
+    with folder() as cwd, mock.patch.object(features, 'neighbours', spy):
+        write_npz(cwd / 'tiny.npz')
+        for share, epochs in (1, 0), (0.5, 2), (0, 4):
+            found.clear()
+            code, _, err = run(*tiny('simclr'), '--epochs', 4, '--neighbours-from', share, '--neighbours', 3,
+                               '--overwrite', cwd=cwd)
+            assert code == 0 and not err and len(found) == epochs, err
+            assert [row['epoch'] for row in logged(cwd / 'runs/simclr')] == [1, 2, 3, 4]
+            for h, k, near in found:
+                assert k == 3 and len(h) == 108 and close(h.norm(dim=1), np.ones(108))
+
+
+def test_every_method_learns_on_tiny_images_and_leaves_all_its_files():
+    shows = {**dict.fromkeys(['ae', 'conv', 'pca'], 'reconstructions'), 'simclr': 'views',
+             'vae': 'reconstructions samples interpolation', 'random': '', 'pixels': ''}
+    for method, pngs in shows.items():
+        there = finished(method)
+        names = {p.name for p in there.iterdir()}
+        assert {p for p in names if p.endswith('.png')} == {f'{png}.png' for png in pngs.split()}, method
+        assert {'config.json', 'metrics.json', 'report.html', 'checkpoint.pt'} <= names
+        if method in UNLABELLED:
+            rows = logged(there)
+            assert [row['epoch'] for row in rows] == [1, 2] and rows[1]['loss'] < rows[0]['loss'], method
+        m, config = measured(there), runs.read_config(there)
+        assert m['split'] == 'test' and m['n'] == 40 and m['method'] == method
+        assert ('mse' in m) == ('reconstructions' in pngs) and ('active_units' in m) == (method == 'vae')
+        assert config['data']['digest'] == data.load(home() / 'tiny.npz').digest
+    assert measured(finished('pixels'))['knn'] == 1 and measured(finished('pixels'))['features'] == 120
+    ds = data.load(home() / 'tiny.npz')
+    x = data.to_float(ds.x_test).flatten(1)
+    network = runs.open_run(finished('pca'))
+    kept = network.model.encode(data.to_float(ds.x_test))
+    assert close(measured(finished('pca'))['mse'], (network.model.decode(kept).flatten(1) - x).square().mean())
+
+
+def test_measuring_leaves_the_network_bit_identical():
+    ds = data.load(home() / 'tiny.npz')
+    network = runs.open_run(finished('simclr'))
+    before = {k: v.clone() for k, v in network.model.state_dict().items()}
+    m, _ = evaluate.measure(ds, *data.split(120, 12, 0), network.encode_batch)
+    assert all(torch.equal(v, before[k]) for k, v in network.model.state_dict().items())
+    assert m['features'] == network.model.encoder.dim
+
+
+def test_evaluate_gives_the_measures_and_images_of_the_finished_run_again():
+    for method in 'vae', 'simclr', 'classify', 'query', 'scan', 'cluster', 'pca':
+        there = finished(method)
+        before, pngs, state = measured(there), drawn(there), weights(there)
+        for png in there.glob('*.png'):
+            png.unlink()
+        (there / 'metrics.json').write_text('{}')
+        code, _, err = run('--evaluate', there)
+        assert code == 0 and not err, (method, err)
+        assert measured(there) == before and drawn(there) == pngs and weights(there) == state, method
+
+
+def test_permuting_labels_changes_no_weight_no_loss_and_no_image():
+    rng = np.random.default_rng(0)
+    permuted = {key: rng.permutation(v) if key[0] == 'y' else v for key, v in arrays().items()}
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz', **permuted)
+        for method in *UNLABELLED, 'cluster', 'scan':
+            assert run(*tiny(method), cwd=cwd)[0] == 0
+            a, b = cwd / 'runs' / method, finished(method)
+            scores = 'acc', 'nmi', 'ari', 'purity', 'f1'      # of the clusters, logged to be looked at
+            rows = [[{k: v for k, v in row.items() if k not in scores} for row in logged(f)] for f in (a, b)]
+            assert weights(a) == weights(b) and rows[0] == rows[1] and drawn(a) == drawn(b), method
+            assert measured(a) != measured(b) and measured(a).get('sizes') == measured(b).get('sizes')
+
+
+def test_permuting_test_labels_changes_nothing_but_the_final_scores():
+    scores = {'knn', 'probe', 'f1', 'mean_f1', 'confusion', 'kmeans_acc', 'kmeans_nmi', 'kmeans_ari', 'kmeans_purity',
+              'accuracy', 'acc', 'nmi', 'ari', 'purity'}
+    original, changed = arrays(), 0
+    with folder() as cwd:
+        y_test = np.random.default_rng(0).permutation(original['y_test'])
+        write_npz(cwd / 'tiny.npz', **{**original, 'y_test': y_test})
+        for method in *TRAINED, 'random', 'pixels', 'pca':
+            assert run(*tiny(method), cwd=cwd)[0] == 0
+            a, b = cwd / 'runs' / method, finished(method)
+            assert weights(a) == weights(b) and logged(a) == logged(b) and drawn(a) == drawn(b), method
+            for path in b.glob('*.csv'):
+                assert path.read_bytes() == (a / path.name).read_bytes(), path
+            m, other = measured(a), measured(b)
+            assert m.keys() == other.keys() and {k for k in m if m[k] != other[k]} <= scores, method
+            changed += m != other
+    assert changed >= 7                                       # a network that names one class can't tell
+
+
+def test_images_without_labels_or_test_set_in_colour_and_odd_sizes_can_be_learned():
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz', x_train=images(60, 9, 13, C=3)[0])
+        refused(*tiny('classify'), cwd=cwd, said=['needs labels'])
+        for method in *UNLABELLED, 'random', 'pixels', 'pca', 'cluster', 'scan':
+            code, out, err = run(*tiny(method), cwd=cwd)
+            assert code == 0 and not err and 'labels' in out, (method, err)
+            assert not {'knn', 'probe', 'acc'} & set(measured(cwd / 'runs' / method))
+
+
+def test_few_images_one_class_and_missing_classes_are_learned_and_one_image_is_refused():
+    with folder() as cwd:
+        for n, batch, H in (20, 512, 8), (27, 8, 8), (27, 2, 8):
+            x, y = images(n, H, H)
+            write_npz(cwd / 'tiny.npz', x_train=x, y_train=y * 2, x_test=x, y_test=y * 2)       # no 1, no 3
+            for method in TRAINED if batch > 8 else UNLABELLED:
+                few = ['--budget', 9] * (method == 'query') + ['--labels', 9] * (method == 'classify')
+                code, out, err = run(*tiny(method), '--batch-size', batch, '--overwrite', *few, cwd=cwd)
+                assert code == 0 and not err and 'nan' not in out, (n, batch, method, err)
+        write_npz(cwd / 'tiny.npz', x_train=x, y_train=y * 0, x_test=x, y_test=y * 0)
+        for method in TRAINED:
+            if method in ('classify', 'query'):
+                refused(*tiny(method), '--overwrite', cwd=cwd, said=['two classes'])
+            else:
+                assert run(*tiny(method), '--overwrite', cwd=cwd)[0] == 0, method
+        write_npz(cwd / 'tiny.npz', x_train=x[:1])
+        for method in TRAINED:
+            refused(*tiny(method), '--name', 'x', cwd=cwd, said=['1', '20'])
+
+
+def test_a_run_that_will_make_few_steps_says_so():
+    assert 'steps' in run(*tiny('simclr'), '--name', 'few')[1]
+
+
+def test_a_step_of_each_method_leaves_no_tensor_behind_on_the_cpu():
+    """On the meta device, which computes nothing but refuses to mix devices: what a GPU would stumble over."""
+    x = torch.empty(8, 1, 28, 28, device='meta')
+    flags = ('blur', 1.0), ('cutout', 0.3), ('noise', 0.1), ('jitter', 0.2), ('grey', 0.1)
+    for method, strong in itertools.product(UNLABELLED, (False, True)):
+        config = {**runs.read_config(finished(method)), 'data': {'shape': x.shape[1:], 'classes': range(10)}}
+        args = runs.Network(config, torch.nn.Identity(), 'meta').args
+        if strong:
+            vars(args).update((key, value) for key, value in flags if key in args)
+        model = runs.build(config).to('meta').train()
+        loss, parts = pretrain.objective_of(args)(model, x, None)
+        loss.backward()
+        assert all(v.device.type == 'meta' for v in (loss, *parts.values()))
+        assert all(p.grad.device.type == 'meta' for p in model.parameters()), method
