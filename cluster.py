@@ -1,4 +1,4 @@
-"""Clusters without labels. scan: heads on frozen features that neighbours agree with, propagated and voted on.
+"""Clusters without labels. scan: linear heads on frozen features that neighbours agree with, propagated.
 cluster: a network trained on pseudo-labels, assigned anew in turns. `learn` trains, `measure` scores.
 """
 import math
@@ -13,7 +13,6 @@ import distributed
 import evaluate
 import features
 import losses
-import nets
 import report
 import runs
 import train
@@ -24,7 +23,7 @@ from query import classification
 HEADS = 144                     # linear heads of scan, of which the better half decides together
 ENTROPY = 5.0                   # weight of clusters being equally large
 HEADS_BYTES = 1 << 30           # of the probabilities of a batch by all heads
-PROPAGATED = 10                 # neighbours that a cluster is propagated from; nearer ones share it more often
+PROPAGATED = 10                 # neighbours that a cluster is propagated from
 
 
 # ---------------------------------------------------------------------------------------------- scan
@@ -33,9 +32,9 @@ def scan_heads(h, near, K, heads=HEADS, entropy=ENTROPY, steps=800, batch=4096, 
     """Probabilities (N, K) by the consensus of linear cluster heads on frozen features h (N, D).
 
     All heads are trained at once by SCAN's loss (arXiv 2005.12320, eq. 2) on pairs of a row and one of its
-    neighbours near (N, k), nearest first. What each says is propagated, and the half whose clusters then have
-    the lowest criterion is kept, so that no label chooses. The clusters of each take the names of those of the
-    best head that they overlap most; the consensus is the mean over the heads, propagated.
+    neighbours near (N, k), nearest first. What each says is propagated, and the half whose clusters then
+    have the lowest criterion is kept, so that no label chooses. The clusters of each take the names of those
+    of the best head that they overlap most; the consensus is the mean over the heads, propagated.
     """
     g = generator(h.device, seed, 'scan')
     x, batch = 16 * F.normalize(h.float(), dim=1), min(batch, len(h))
@@ -91,7 +90,7 @@ def neighbour_mean(probs, near):
 
 def criterion(pred, near, K, entropy=ENTROPY):
     """SCAN's loss of hard assignments pred (N,): minus the log share of neighbours in the same cluster, minus
-    `entropy` times that of the cluster sizes. Sees no label; lower is better, one cluster for all is worst."""
+    `entropy` times that of the cluster sizes. Sees no label; lower is better, one cluster is worst."""
     same = (pred[near] == pred.unsqueeze(1)).float().mean().clamp(min=1e-8)
     sizes = torch.bincount(pred, minlength=K).float() / len(pred)
     return (-same.log() + entropy * torch.special.xlogy(sizes, sizes).sum()).item()
@@ -106,12 +105,12 @@ def matching(pred, before, K):
 
 
 def scan(run, args, ds, device):
-    """Clusters of all training images; returns a network that gives a new image the vote of its neighbours."""
+    """Clusters of all training images; returns a network in which neighbours vote on new images."""
     model = runs.initial_model(run.config, device)
     if distributed.rank() == 0:
-        h = start_network(run, args, device).encode(ds.x_train)
+        h = runs.start_network(run.config, device).encode(ds.x_train)
         near = neighbours_of(h, args.neighbours)
-        probs = scan_heads(centred(h), near, args.clusters, seed=args.seed)
+        probs = scan_heads(centred(h), near, args.clusters, HEADS, seed=args.seed)
         model.remember(h, probs)
         run.save({'model': model.state_dict()})
         row = {'epoch': 0, 'iteration': 0, **describe(probs.argmax(1), None, near, args.clusters, ds)}
@@ -119,13 +118,6 @@ def scan(run, args, ds, device):
         run.log(row)
         say(row)
     return model
-
-
-def start_network(run, args, device):
-    """The finished run --encoder; without one a network whose features are the pixels."""
-    if args.encoder:
-        return runs.open_run(args.encoder, device)
-    return runs.Network(run.config, nets.Pixels(), device)
 
 
 def centred(h):
@@ -141,13 +133,13 @@ def neighbours_of(h, k):
 # ------------------------------------------------------------------------------------------- cluster
 
 def cluster(run, args, ds, device):
-    """Pseudo-labelling: clusters by k-means on the features, or those of a finished scan; then --iterations times
-    train on them for --epochs and assign all images anew, by what the network predicts. Returns the network of
-    the assignment with the lowest criterion, which sees no label."""
+    """Pseudo-labelling: clusters by k-means on the features, or those of a finished scan; then --iterations
+    times train on them for --epochs and assign all images anew, by what the network predicts. Returns the
+    network of the assignment with the lowest criterion, which sees no label."""
     model = runs.initial_model(run.config, device)
     x = data.Images(ds.x_train, device)
     trainer = train.start(run, args, model, x)
-    network, start = runs.Network(run.config, model, device), start_network(run, args, device)
+    network, start = runs.Network(run.config, model, device), runs.start_network(run.config, device)
     h = start.encode(ds.x_train)
     near = neighbours_of(h, args.neighbours)
     if not trainer.kept:
@@ -174,15 +166,15 @@ def first_clusters(start, h, args):
 
 
 def keep(trainer, pred, now, near, args, ds):
-    """Keep an assignment with the state, and in files: iteration-NN.pt, final.pt, and best.pt if it is that."""
+    """Keep an assignment with the state, and in iteration-NN.pt, final.pt and, if it is that, best.pt."""
     pred = distributed.from_first(pred.cpu())
     before = trainer.kept.get('pred')
     row = {'iteration': now, **describe(pred, before, near.cpu(), args.clusters, ds)}
-    best = trainer.kept.get('best', math.inf) if now > 1 else math.inf      # the first was not made by a network
+    best = trainer.kept['best'] if now > 1 else math.inf        # no network made the first assignment
     trainer.kept = {'pred': pred, 'row': row, 'best': min(best, row['criterion'])}
     if distributed.rank() == 0:
         state = {'model': trainer.model.state_dict(), 'pred': pred}
-        names = [f'iteration-{now:02}', 'final'] + ['best'] * (row['criterion'] < best)
+        names = [f'iteration-{now:02}', 'final', *(['best'] if row['criterion'] < best else [])]
         for name in names:
             runs.write_state(trainer.run.folder / f'{name}.pt', state)
         say(row)
@@ -195,8 +187,8 @@ def load_best(run):
 
 
 def describe(pred, before, near, K, ds):
-    """An assignment pred (N,) in numbers: the share that is as `before`, sizes, criterion; and, to be looked at
-    and never used, its scores where there are labels."""
+    """An assignment pred (N,) in numbers: the share that is as `before`, sizes, criterion; and, to be looked
+    at and never used, its scores where there are labels."""
     pred = pred.cpu()
     sizes = torch.bincount(pred, minlength=K)
     row = {'stable': 0.0 if before is None else (pred == before.cpu()).float().mean().item(),
@@ -215,7 +207,7 @@ def say(row):
     line = (f'iteration {row["iteration"]}: {row["stable"]:.1%} assigned as before, '
             f'criterion {row["criterion"]:.3f}, sizes {row["sizes"]}')
     if 'acc' in row:
-        line += f'; ACC {row["acc"]:.3f}, NMI {row["nmi"]:.3f}, ARI {row["ari"]:.3f}, purity {row["purity"]:.3f}'
+        line += '; ' + ', '.join(f'{key} {row[key]:.3f}' for key in ('acc', 'nmi', 'ari', 'purity'))
     if row['live_clusters'] < len(row['sizes']):
         line += f'\nWARNING: only {row["live_clusters"]} of {len(row["sizes"])} clusters are alive'
     print(line, flush=True)
@@ -241,10 +233,10 @@ def measure(run, args, ds, model, device):
     began, network = time.monotonic(), runs.Network(run.config, model, device)
     probs = model.probs if args.method == 'scan' else network.predict(ds.x_train)
     confidence, pred = (t.cpu() for t in probs.max(1))
-    key, names = ('file', ds.names_train) if ds.names_train else ('id', range(len(pred)))
+    key, names = ds.row_names()
     rows = [(name, k, f'{p:.4f}') for name, k, p in zip(names, pred.tolist(), confidence.tolist())]
     runs.write_csv(run.folder / 'clusters.csv', [key, 'cluster', 'confidence'], rows)
-    metrics, shown = evaluate.measure_clusters(ds, network.predict_batch, network.encode_batch, args.clusters, pred,
-                                               device)
+    metrics, shown = evaluate.measure_clusters(ds, network.predict_batch, network.encode_batch, args.clusters,
+                                               pred, device)
     report.finish(run, ds, metrics, shown, began)
     print(f'-> {run.folder / "clusters.csv"}: the clusters of all {len(pred):,} training images')

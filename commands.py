@@ -21,13 +21,15 @@ import runs
 import train
 from device import amp_by_default, keep_memory, limit_threads, pick_device, set_deterministic
 
-NO_MEMORY = ('out of memory', "can't allocate memory", 'not enough memory', 'bad_alloc')       # as torch says it
-LEAST_STEPS = 500                       # of the optimizer: with fewer, little is learned
+NO_MEMORY = ('out of memory', "can't allocate memory", 'not enough memory', 'bad_alloc')     # torch's words
+# Steps of the optimizer, at least, in so many epochs; with fewer, little is learned.
+LEAST_STEPS = {**dict.fromkeys(('ae', 'conv', 'vae', 'simclr'), {'epochs': 500}), 'cluster': {'epochs': 100},
+               'query': {'round_epochs': 50, 'decay_epochs': 200}}
 MODULES = {'classify': query, 'query': query, 'cluster': cluster, 'scan': cluster}      # all others: pretrain
 
 
 def main(args, typed, defaults):
-    """Do what the arguments ask for; returns the exit code. ValueError or OSError for what a user can mend."""
+    """Do what the arguments ask for; returns the exit code. ValueError, OSError: what a user can mend."""
     try:
         if args.tensorboard:
             report.tensorboard_writer()                         # if it is missing, now rather than later
@@ -134,17 +136,19 @@ def train_and_measure(args, typed):
 
 
 def fit_to_size(args, typed, n):
-    """Smaller batches and more epochs for a small set, where they were not typed; says it if steps are few."""
-    if 'batch_size' in args and 'batch_size' not in typed:
-        args.batch_size = min(args.batch_size, max(16, n // 8))
-    if args.method not in ('ae', 'conv', 'vae', 'simclr'):
+    """Smaller batches and more epochs for a small set, where they were not typed; tells if steps are few."""
+    if 'batch_size' not in args:
         return
-    steps = data.steps_per_epoch(n - min(pretrain.VALIDATION, n // 10), args.batch_size)
-    if 'epochs' not in typed:
-        args.epochs = max(args.epochs, math.ceil(LEAST_STEPS / steps))
-    if args.epochs * steps < LEAST_STEPS and distributed.rank() == 0:
-        print(f'only {args.epochs * steps} steps: little will be learned; more --epochs or a smaller --batch-size '
-              'make more of them')
+    if 'batch_size' not in typed:
+        args.batch_size = min(args.batch_size, max(16, n // 8))
+    steps = data.steps_per_epoch(n, args.batch_size)
+    for key, least in LEAST_STEPS.get(args.method, {}).items():
+        epochs = getattr(args, key)
+        if key not in typed:
+            setattr(args, key, max(epochs, math.ceil(least / steps)))
+        elif key == 'epochs' and epochs * steps < least and distributed.rank() == 0:
+            print(f'only {epochs * steps} steps: little will be learned; more --epochs or a smaller --batch-size '
+                  'make more of them')
 
 
 def open_run_folder(folder, args, typed, ds, device):
@@ -174,7 +178,8 @@ def settings(ranges, n, seed):
     def value(u, low, high):
         v = low * (high / low) ** u if low > 0 and high / low >= 8 else low + (high - low) * u
         return round(v) if isinstance(low, int) else float(f'{v:.4g}')          # as it can be typed again
-    return [{key: value(float(u), low, high) for u, (key, low, high) in zip(point, ranges)} for point in points]
+    return [{key: value(float(u), low, high) for u, (key, low, high) in zip(point, ranges)}
+            for point in points]
 
 
 def keep_score(run, args, score, what):
@@ -185,7 +190,7 @@ def keep_score(run, args, score, what):
 
 
 def search(args, typed):
-    """Try --search settings from the ranges --over, each as a run of its own, and print them, the best first."""
+    """Try settings from the ranges --over, each as a run of its own, and print them, the best first."""
     start_device(args)
     say = print if distributed.rank() == 0 else lambda *_: None
     if args.method == 'simclr' and load_data(args).y_train is None:
@@ -209,8 +214,10 @@ def search(args, typed):
     best_score, best_name, best = trials[0]
     if best_score == -math.inf:
         raise ValueError('the training of every setting has diverged; try a lower --lr')
-    rows = [[name, *(f'{v:.4g}' for v in setting.values()), f'{score:.4f}'] for score, name, setting in trials]
-    say(report.table([['trial', *best, 'score'], *rows]))
+    rows = [['trial', *best, 'score']]
+    for score, name, setting in trials:
+        rows.append([name, *(f'{v:.4g}' for v in setting.values()), f'{score:.4f}'])
+    say(report.table(rows))
     say('score:', runs.read_json(Path('runs') / best_name / 'metrics.json')['scored_by'])
     words = [runs.flag(k, v) for k, v in {**plain, **best}.items()
              if k not in ('resume', 'overwrite', 'method', 'name')]
@@ -225,7 +232,7 @@ def data_of(folder, config, path):
     args.data = path or args.data
     ds = load_data(args)
     if ds.digest != config['data']['digest']:
-        raise ValueError(f'{folder} was made from other data than {args.data}; --data says where its data is now')
+        raise ValueError(f'{folder} was made from other data than {args.data}; --data says where it is now')
     return ds
 
 
@@ -266,7 +273,7 @@ def export_data(folder, network, ds):
         split[data.split(len(ds.x_train), pretrain.VALIDATION, network.args.seed)[1]] = 'validation'
     y = torch.full((len(ds.x_train),), -1) if ds.y_train is None else ds.y_train
     if network.args.method in ('classify', 'query'):
-        ids, labels = query.open_database(argparse.Namespace(folder=folder), ds).labels_of_round()
+        ids, labels = query.open_database(folder, ds).labels_of_round()
         y = torch.full((len(ds.x_train),), -1)
         y[ids] = labels
     parts = [(ds.x_train, y, split, ds.names_train)]

@@ -110,6 +110,10 @@ class Dataset:
                 sha.update(x[start:start + 1000].numpy())
         return sha.hexdigest()
 
+    def row_names(self):
+        """('file', their names) or ('id', 0, 1, ...) of the training images, for the tables that name them."""
+        return ('file', self.names_train) if self.names_train else ('id', range(len(self.x_train)))
+
     def labelled(self, ids=None):
         """Those of the ids, by default all, of training images that have a label."""
         ids = torch.arange(len(self.x_train)) if ids is None else ids
@@ -238,7 +242,7 @@ def to_images(what, x, least=1):
 
 
 def to_labels(what, y, n, least=-1):
-    """Array of n class ids, -1 for none -> (n,) int64 array, None if all are -1; ValueError as of to_images."""
+    """Array of n class ids, -1 for none -> (n,) int64 array, None if all are -1; else as to_images."""
     if y is None:
         return None
     if y.shape == (n, 1):
@@ -435,7 +439,8 @@ def read_files(folder, names, size=None, channels=None):
             CACHE.mkdir(parents=True, exist_ok=True)
             np.savez(cache, x=x, kept=kept, failed=failed)
         except OSError:                                     # no room: that costs time, not the run
-            cache.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                cache.unlink()
     if failed:
         note(f'{len(failed)} of {len(names)} image files are left out: {", ".join(failed[:10])}')
     return x, kept

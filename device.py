@@ -21,7 +21,8 @@ def pick_device(name=None):
 
     Under torchrun each process gets a card of its own. ValueError if it can't be used.
     """
-    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if name is None:
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -76,7 +77,8 @@ def bfloat16_speedup(device, batch=64):
 
     By processor time of one thread, least of several turns, so that other work on the machine counts little.
     """
-    convs = torch.nn.Sequential(torch.nn.Conv2d(64, 128, 3, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(128, 128, 3, 1, 1))
+    convs = torch.nn.Sequential(torch.nn.Conv2d(64, 128, 3, 2, 1), torch.nn.ReLU(),
+                                torch.nn.Conv2d(128, 128, 3, 1, 1))
     convs = convs.to(device, memory_format=torch.channels_last)
     x = torch.ones(batch, 64, 14, 14, device=device)
 

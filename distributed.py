@@ -125,7 +125,7 @@ def sync_batchnorm(model):
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose mean and variance, where gradients are on, are those of all processes' rows, in float32.
+    """BatchNorm whose mean and variance, where gradients are on, are those of all processes, in float32.
 
     torch's own runs on CUDA only. Each process has equally many rows, so the mean is that of the means. The
     variance is the mean of the variances plus that between the means, which keeps its digits far from 0.
@@ -149,5 +149,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
-        scale = self.weight * (var + self.eps).rsqrt()
-        return ((v - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+        v = (v - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
+        if self.affine:
+            v = v * self.weight.view(shape) + self.bias.view(shape)
+        return v.to(x.dtype)

@@ -45,6 +45,10 @@ class Estimate(NamedTuple):
     high: float
     n: int
 
+    def __str__(self):
+        mean, low, high = (f'{100 * share:.1f}' for share in self[:3])
+        return f'{mean} % ({low} to {high} %)'
+
 
 # ------------------------------------------------------------------------------------- the database
 
@@ -112,7 +116,7 @@ class LabelDatabase:
         rows = self._rows('SELECT id, label FROM queries WHERE round <= ? AND label IS NOT NULL '
                           'ORDER BY number', up_to)
         pairs = torch.tensor(rows, dtype=torch.int64).view(-1, 2)
-        return pairs[:, 0], pairs[:, 1]
+        return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
 
     def asked(self):
         """Ids of all questions, answered or not: int64 (n,)."""
@@ -263,11 +267,3 @@ def estimate_accuracy(right):
     low = betaincinv(k, n - k + 1, 0.025) if k else 0.0
     high = betaincinv(k + 1, n - k, 0.975) if k < n else 1.0
     return Estimate(k / n, float(low), float(high), n)
-
-
-def describe_estimate(estimate):
-    """'91.7 % (61.5 to 99.8 %)', or why there is none."""
-    if estimate is None:
-        return f'too few to say (below {MIN_AUDITS} random answers)'
-    mean, low, high = (100 * share for share in estimate[:3])
-    return f'{mean:.1f} % ({low:.1f} to {high:.1f} %)'

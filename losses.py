@@ -88,7 +88,7 @@ def nt_xent(z1, z2, tau, own=None):
 
     z1, z2 (B, D): projections of two views of the same B images, normalised here. Only an anchor's similarity
     with itself is masked; the positive stays in the denominator. log(2B - 1) when all rows are equal,
-    whatever tau. Losses at different tau can't be compared. own: ids (b,) of the images that are anchors here,
+    whatever tau. Losses at different tau can't be compared. own: ids (b,) of the images that are anchors,
     None for all; each process takes its own, and the mean over the processes is that over all.
     """
     if own is None:

@@ -125,10 +125,11 @@ def convnet(C, H, W, width):
 class Encoder(nn.Module):
     """Images (B, C, H, W) in 0..1 -> features (B, dim).
 
-    net: fc (C*H*W - 256 - dim), conv or resnet. dim None: the average-pooled map (fc: 64 units).
+    net: fc (C*H*W - 256 - dim), conv or resnet. dim None: the average-pooled map (fc: 64 units). standardise:
+    each feature gets mean 0 and variance 1 over the images, so that none outweighs the others in a cosine.
     """
 
-    def __init__(self, net, shape, width=1.0, dim=None):
+    def __init__(self, net, shape, width=1.0, dim=None, standardise=False):
         super().__init__()
         if net == 'fc':
             hidden = channels(256, width)
@@ -142,6 +143,8 @@ class Encoder(nn.Module):
             self.layers = nn.Sequential(body, nn.Flatten(), nn.Linear(c * h * w, dim))
         else:
             self.layers = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        if standardise:
+            self.layers.append(nn.BatchNorm1d(self.dim, affine=False))
 
     def forward(self, x):
         return self.layers(x.contiguous(memory_format=layout(x.device)))
@@ -415,12 +418,12 @@ def build(method, net, shape, width=1.0, latent=None, recon=False):
         return PCA(shape, latent)
     if method == 'vae':
         return VAE(Encoder(net, shape, width, 2 * latent), ConvDecoder(latent, shape, width))
-    encoder = Encoder(net, shape, width, latent or None)
     if method == 'ae':
-        return Autoencoder(encoder, FCDecoder(latent, shape, width))
+        return Autoencoder(Encoder(net, shape, width, latent), FCDecoder(latent, shape, width))
     if method == 'conv':
-        return Autoencoder(encoder, ConvDecoder(latent, shape, width))
-    return SimCLR(encoder, ConvDecoder(encoder.dim, shape, width) if recon else None)
+        return Autoencoder(Encoder(net, shape, width, latent), ConvDecoder(latent, shape, width))
+    encoder = Encoder(net, shape, width, latent, standardise=bool(latent))
+    return SimCLR(encoder, ConvDecoder(encoder.dim, shape, width / 2) if recon else None)
 
 
 def size(model):

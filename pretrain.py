@@ -1,13 +1,12 @@
-"""Learning without labels: autoencoders, the variational autoencoder, SimCLR; and what they are compared with.
+"""Learning without labels: autoencoders, the variational autoencoder, SimCLR; and what they compare with.
 
-Each objective is (model, x, g) -> (loss, parts) as in train.py. `learn` trains, `measure` scores what came out.
+Each objective is (model, x, g) -> (loss, parts) as in train.py. `learn` trains, `measure` scores the result.
 """
 import math
 import time
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 import augment
 import data
@@ -42,25 +41,29 @@ def variational(model, x, g, beta=1.0, likelihood='bernoulli'):
 def contrastive(model, x, g, temperature=0.2, views=None, recon=0.0, other=None):
     """NT-Xent of two views of each image, or of one of it and one of its `other` (B, C, H, W).
 
-    recon: weight of the squared error between each view and what the decoder makes of its features. Anchors are
-    the images of this process, negatives those of all.
+    recon: weight of a reconstruction; with it the first view is the image itself, which the decoder has to give
+    back from its features. Anchors are the images of this process, negatives those of all.
     """
-    x = augment.augment(torch.cat([x, x if other is None else other]), views, g)
-    h = model.encode(x)
+    B, other = len(x), x if other is None else other
+    if recon:
+        seen = torch.cat([x, augment.augment(other, views, g)])
+    else:
+        seen = augment.augment(torch.cat([x, other]), views, g)
+    h = model.encode(seen)
     z1, z2 = map(distributed.gather, model.head(h).chunk(2))
-    first = (len(x) // 2) * distributed.rank() if len(z1) > len(x) // 2 else 0
-    own = torch.arange(len(x) // 2, device=x.device) + first
+    own = torch.arange(B, device=x.device) + (B * distributed.rank() if len(z1) > B else 0)
     loss = losses.nt_xent(z1, z2, temperature, own)
     parts = {'chance': x.new_tensor(math.log(max(1, 2 * len(z1) - 1)))}
     if recon:
-        parts['recon'] = losses.mse(model.decode(h), x)
+        parts['recon'] = losses.mse(model.decode(h[:B]), x)
         loss = loss + recon * parts['recon']
     return loss, parts
 
 
 def with_neighbours(model, x, near, g, images, objective):
     """`objective` of each image and one of its neighbours, drawn from near (B, k): the positives of NNCLR
-    (arXiv 2104.14548). images: function from ids (B,) to uint8 images."""
+    (arXiv 2104.14548), found by the network as it was at the beginning of the epoch. images: function from
+    ids (B,) to uint8 images."""
     pick = torch.randint(near.shape[1], (len(x), 1), generator=g, device=x.device)
     return objective(model, x, g, other=data.to_float(images(near.gather(1, pick).squeeze(1))))
 
@@ -118,8 +121,8 @@ def own_neighbours(trainer, run, ds, ids, k):
     epoch began; they are kept with the state, so that a resumed epoch has the same."""
     if trainer.step == 0:
         network = runs.Network(run.config, trainer.model, trainer.device)
-        h = F.normalize(network.encode(ds.x_train, ids), dim=1)
-        near = features.neighbours(h, min(k, len(h) - 1))
+        h = network.encode(ds.x_train, ids)
+        near = features.neighbours(h - h.mean(0), min(k, len(h) - 1))
         trainer.kept['neighbours'] = distributed.from_first(near.cpu())
     return trainer.kept['neighbours'].to(trainer.device)
 

@@ -1,10 +1,9 @@
-"""A classifier from few labels, each paid for: classify takes them at once, query asks in rounds for those that
-say most, and learns from all other images too. `learn` trains, `measure` scores what came out.
+"""A classifier from few labels, each paid for. classify takes them at once; query asks in rounds for those
+that say most, and learns from all other images too. `learn` trains, `measure` scores what came out.
 """
 import math
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ import augment
 import data
 import distributed
 import evaluate
-import features
 import labels
 import losses
 import oracle
@@ -24,9 +22,9 @@ import train
 from device import clock
 from pretrain import views_of
 
-AUDIT_ROUNDS = 5                # the estimate of the accuracy goes by the random queries of so many last rounds
-AUDITS_FOR_UNTIL = 30           # random queries a round, at least, where --until goes by that estimate
 LEAST_EPOCH = 6000              # images that an epoch of classify shows, however few labels there are
+AUDIT_ROUNDS = 5                # the accuracy is estimated from the random queries of so many last rounds
+AUDITS_FOR_UNTIL = 30           # random queries a round, at least, where --until goes by that estimate
 
 
 # --------------------------------------------------------------------------------------- objectives
@@ -48,8 +46,8 @@ def consistency(model, x, g, labelled, views, threshold=0.95):
     """FixMatch (arXiv 2001.07685) with a mean teacher, model: nets.MeanTeacher.
 
     Cross-entropy of labelled images, a quarter as many as there are unlabelled x; plus, for x, that of the
-    student's prediction for a strong view against the pseudo-label that the teacher gives a weak view, where it
-    is more confident than `threshold`. labelled: (images uint8, labels) of those paid for. views: the strong ones.
+    student's prediction for a strong view against the pseudo-label that the teacher gives a weak view, where
+    it is more confident than `threshold`. labelled: (images uint8, labels). views: the strong ones.
     """
     x_labelled, y = labelled
     ids = torch.randint(len(y), (math.ceil(len(x) / 4),), generator=g, device=x.device)
@@ -64,83 +62,85 @@ def consistency(model, x, g, labelled, views, threshold=0.95):
     return supervised + unsupervised, {'accepted': accepted.mean()}
 
 
-# ------------------------------------------------------------------------------------------ classify
+# ---------------------------------------------------------------------------------------- what is asked
 
 def check(args, ds):
     """ValueError for labels that can't be had."""
-    known = args.oracle == 'data'
-    if known and ds.y_train is None:
+    K, from_data = len(ds.classes), args.oracle == 'data'
+    if from_data and ds.y_train is None:
         raise ValueError(f'--method {args.method} needs labels, and the data has no y_train; '
-                         + ('--oracle web asks you' if args.method == 'query' else '--answers CSV names a file'))
-    if len(ds.classes) < 2:
-        raise ValueError(f'--method {args.method} needs two classes or more, and the data names '
-                         f'{len(ds.classes)}; say for instance --classes cat,dog,other')
-    if not known and distributed.many():
+                         '--oracle web (query) asks you, --oracle file reads a CSV')
+    if K < 2:
+        raise ValueError(f'--method {args.method} needs two classes or more, and the data names {K}; '
+                         'say for instance --classes cat,dog,other')
+    if not from_data and distributed.many():
         raise ValueError(f'--oracle {args.oracle} works with one process only')
-    if args.method == 'classify':
-        return number_of_labels(args, ds) if known else None
-    most = len(ds.labelled()) if known else len(ds.x_train)
-    if not len(ds.classes) <= args.budget <= most:
-        raise ValueError(f'--budget {args.budget:,} is out of range; wanted from {len(ds.classes)}, the number of '
-                         f'classes, to {most:,}, the number of images that can be asked about')
-    if args.rounds > args.budget:
+    most = len(ds.labelled()) if from_data else len(ds.x_train)
+    if args.method == 'query' and args.rounds > args.budget:
         raise ValueError(f'--rounds {args.rounds} is more than the --budget of {args.budget} labels')
+    flag, n = '--budget', getattr(args, 'budget', most)
+    if args.method == 'classify' and from_data:
+        flag, n = '--labels', number_of_labels(args, ds)
+    if not K <= n <= most:
+        raise ValueError(f'{flag} asks for {n:,} labels; wanted from {K}, the number of classes, to '
+                         f'{most:,}, the number of images that can be asked about')
 
 
 def number_of_labels(args, ds):
-    """How many labels --labels stands for; ValueError if they can't be had."""
-    most = len(ds.labelled())
-    n = round(args.labels * most) if args.labels < 1 else int(args.labels)
-    if args.labels > 1 and n != args.labels:
+    """How many labels --labels stands for: a share below 1, or their number."""
+    if args.labels >= 1 and args.labels != int(args.labels):
         raise ValueError(f'--labels {args.labels:g} is neither a whole number nor a share below 1')
-    if not len(ds.classes) <= n <= most:
-        raise ValueError(f'--labels {args.labels:g} asks for {n:,} labels; wanted from {len(ds.classes)}, the '
-                         f'number of classes, to {most:,}, the number of images that have one')
-    return n
+    return int(args.labels) if args.labels >= 1 else round(args.labels * len(ds.labelled()))
 
 
-def open_database(run, ds, oracle=None, budget=0):
-    """The labels of a run; without an oracle to read those that are there."""
-    return labels.LabelDatabase(run.folder / 'labels.sqlite', oracle, budget, ds.digest)
+def open_database(folder, ds, oracle=None, budget=0):
+    """The labels of a run folder; without a budget to read those that are there."""
+    return labels.LabelDatabase(folder / 'labels.sqlite', oracle, budget, ds.digest)
 
+
+# ------------------------------------------------------------------------------------------ classify
 
 def classify(run, args, ds, device):
     """Pay for labels and learn a classifier from those images alone; returns the network."""
     model = runs.initial_model(run.config, device)
-    chosen = buy_labels(run, args, ds, model, device) if distributed.rank() == 0 else None
-    ids, y = distributed.from_first(chosen)
-    ids, y = ids[held_out(args, len(ids)):], y[held_out(args, len(y)):]
+    bought = buy_labels(run, args, ds, device) if distributed.rank() == 0 else None
+    ids, y = distributed.from_first(bought)
+    first = held_out(args, len(ids))
+    ids, y = ids[first:], y[first:].to(device)
     repeat = math.ceil(LEAST_EPOCH / len(ids))
     x = data.Images(ds.x_train[ids], device, torch.arange(len(ids)).repeat(repeat))
-    trainer = train.start(run, args, model, x)
     objective = partial(classification, views=views_of(args), mixup=args.mixup)
-    trainer.fit(objective, x, last=args.epochs, of=args.epochs, y=y.to(device).repeat(repeat))
+    trainer = train.start(run, args, model, x)
+    trainer.fit(objective, x, last=args.epochs, of=args.epochs, y=y.repeat(repeat))
     return model
 
 
-def buy_labels(run, args, ds, model, device):
+def buy_labels(run, args, ds, device):
     """(ids, labels) of --labels images picked by --pick, or of those in the --answers file."""
     if args.oracle == 'file':
-        database = open_database(run, ds, budget=len(ds.x_train))
-        known = oracle.File(database, ds.x_train, ds.classes, args.answers, run.folder, ds.names_train).read()
-        known = {i: label for i, label in known.items() if label is not None}
-        if not known:
-            raise ValueError(f'{args.answers} holds no label')
-        database = open_database(run, ds, lambda ids: [known[i] for i in ids], len(known))
-        new = [i for i in sorted(known) if i not in set(database.asked().tolist())]
-        database.query(new, round=0)
-        return database.labels_of_round()
-    n = number_of_labels(args, ds)
-    database = open_database(run, ds, ds.y_train.__getitem__, n)
-    if database.spent < n:                                      # not resumed: choose, then pay
-        pool = ds.labelled()
+        known = read_answers(run, args, ds)
+        picked, ask = torch.tensor(sorted(known)), lambda ids: [known[i] for i in ids]
+    else:
+        pool, n = ds.labelled(), number_of_labels(args, ds)
         if args.pick == 'coverage':
-            h = runs.Network(run.config, model, device).encode(ds.x_train, pool)
-            picked = labels.pick_coverage(n, F.normalize(h, dim=1), args.seed)
+            h = runs.start_network(run.config, device).encode(ds.x_train, pool)
+            picked = pool[labels.pick_coverage(n, F.normalize(h, dim=1), args.seed)]
         else:
-            picked = labels.pick_random(n, len(pool), args.seed)
-        database.query(pool[picked], round=0)
+            picked = pool[labels.pick_random(n, len(pool), args.seed)]
+        ask = ds.y_train.__getitem__
+    database = open_database(run.folder, ds, ask, len(picked))
+    database.query(picked, round=0)                             # those known from an earlier try are free
     return database.labels_of_round()
+
+
+def read_answers(run, args, ds):
+    """{id: label} of the --answers file, without those that could not be told."""
+    database = open_database(run.folder, ds, budget=len(ds.x_train))
+    answers = oracle.File(database, ds.x_train, ds.classes, args.answers, run.folder, ds.names_train).read()
+    known = {i: label for i, label in answers.items() if label is not None}
+    if len(known) < len(ds.classes):
+        raise ValueError(f'{args.answers} holds {len(known)} labels of {len(ds.classes)} classes: too few')
+    return known
 
 
 def held_out(args, n):
@@ -153,7 +153,7 @@ def held_out(args, n):
 def query(run, args, ds, device):
     """From no label at all: ask for a few, learn from them and from all other images, ask for those that then
     say most, until the budget is spent or the accuracy reached; then let the learning rate fall."""
-    check(args, ds)                                             # also a resumed run: with other processes, say
+    check(args, ds)                                             # a resumed run may have other processes
     model = runs.initial_model(run.config, device)
     x = data.Images(ds.x_train, device)
     trainer = train.start(run, args, model, x)
@@ -161,69 +161,62 @@ def query(run, args, ds, device):
     try:
         for now in range(args.rounds + 1):
             ids, y, more = distributed.from_first(questions.round(now) if questions else None)
-            end = (now + 1) * args.round_epochs if more else now * args.round_epochs + args.decay_epochs
-            planned = args.rounds * args.round_epochs + args.decay_epochs if more else end
-            labelled = ds.x_train[ids].to(device), y.to(device)
-            objective = partial(consistency, labelled=labelled, views=views_of(args), threshold=args.threshold)
-            trainer.fit(objective, x, last=end, of=planned, after_step=partial(model.follow, args.ema))
+            rounds = args.rounds if more else now
+            planned = rounds * args.round_epochs + args.decay_epochs
+            objective = partial(consistency, labelled=(ds.x_train[ids].to(device), y.to(device)),
+                                views=views_of(args), threshold=args.threshold)
+            trainer.fit(objective, x, last=(now + 1) * args.round_epochs if more else planned, of=planned,
+                        after_step=partial(model.follow, args.ema))
             if not more:
                 break
     finally:
-        if questions:
-            questions.close()
+        if args.oracle == 'web':
+            questions.person.close()
     return model
 
 
 class Questions:
-    """Which images to ask about, and the answers. All is in the database before it is used: a resumed run asks
-    nothing twice, puts the questions that were open again, and trains each epoch on the labels that it had."""
+    """Which images to ask about, and the answers. All is in the database before it is used: a resumed run
+    asks nothing twice, puts open questions again, and trains each epoch on the labels that it had."""
 
     def __init__(self, run, args, ds, trainer):
-        self.run, self.args, self.ds, self.trainer = run, args, ds, trainer
-        self.device, self.network = trainer.device, runs.Network(run.config, trainer.model, trainer.device)
-        self.pool = ds.labelled() if args.oracle == 'data' else torch.arange(len(ds.x_train))
-        self.more, self.person = True, None
+        self.run, self.args, self.ds, self.trainer, self.device = run, args, ds, trainer, trainer.device
         ask_data = ds.y_train.__getitem__ if args.oracle == 'data' else None
-        self.database = open_database(run, ds, ask_data, args.budget)
+        self.pool = ds.labelled() if ask_data else torch.arange(len(ds.x_train))        # what can be asked
+        self.database = open_database(run.folder, ds, ask_data, args.budget)
+        self.more = True
         if args.oracle == 'web':
-            own = open_database(run, ds, budget=args.budget)    # for the threads that serve the page
+            own = open_database(run.folder, ds, budget=args.budget)     # for the threads that serve the page
             self.person = oracle.Web(own, ds.x_train, ds.classes, args.rounds, self.left, args.port)
         elif args.oracle == 'file':
             self.person = oracle.File(self.database, ds.x_train, ds.classes, args.answers, run.folder,
                                       ds.names_train)
-
-    def close(self):
-        if self.args.oracle == 'web':
-            self.person.close()
 
     def left(self):
         """(seconds of training until the next questions or None, whether there will be any), for the page."""
         return self.trainer.time_left() or None, self.more
 
     def round(self, now):
-        """(ids, labels) of all images paid for in the rounds up to this one, and whether it asked for any."""
-        trained = self.trainer.epoch > now * self.args.round_epochs + 1 or self.trainer.step > 0
-        if trained and now not in self.database.rounds():
-            raise ValueError(f'{self.database.path} lost its labels, which --resume needs; '
+        """(ids, labels) of all images paid for in the rounds up to this one, and did it ask for any?"""
+        database, trainer = self.database, self.trainer
+        begun = trainer.epoch > now * self.args.round_epochs + 1 or trainer.step > 0
+        if begun and now not in database.rounds():
+            raise ValueError(f'{database.path} lost its labels, which --resume needs; '
                              '--overwrite starts again')
-        while (now not in self.database.rounds() or self.database.unanswered(now)
-               or not self.database.spent):
-            if not self.database.unanswered(now):
+        while now not in database.rounds() or database.unanswered(now) or not database.spent:
+            if not database.unanswered(now):
                 self.choose(now)
-            if self.database.unanswered(now):
-                self.trainer.save()                             # a person may take days
+            if database.unanswered(now):
+                trainer.save()                                  # a person may take days
                 if why_not := self.person.collect(now):
                     raise train.Stopped(why_not)
             self.say(now)
-        asked, _ = self.database.rounds()[now]
+        asked, _ = database.rounds()[now]
         self.more = asked > 0 and now + 1 < self.args.rounds
-        return *self.database.labels_of_round(now), asked > 0
+        return *database.labels_of_round(now), asked > 0
 
     def choose(self, now):
-        """Predict all images that can be asked about, estimate the accuracy, choose, and write it down.
-
-        The ids in here are places in the pool of those images.
-        """
+        """Choose the questions of a round and write them down. The ids in here are places in the pool."""
         args, pool, seed = self.args, self.pool, f'{self.args.seed} round {now}'
         n = args.budget * (now + 1) // args.rounds - self.database.spent if now < args.rounds else 0
         taken = torch.searchsorted(pool, self.database.asked()).to(self.device)
@@ -231,65 +224,61 @@ class Questions:
             raise ValueError('every image was skipped, so there is no label to learn from')
         order = labels.pick_random(len(pool), len(pool), seed).to(self.device)
         order = order[~torch.isin(order, taken)]
-        if now == 0:
-            ids, predictions, estimate = self.first(n, order), None, None
-        else:
+        if now:
             ids, predictions, estimate = self.next(n, order, taken, seed, now)
+        else:
+            ids, predictions, estimate = self.first(n, order), None, None
         self.database.query(pool[ids.cpu()], now, predictions, estimate)
 
     def first(self, n, order):
-        """Ids of the first round: random, or the k-means medoids of the features."""
+        """Ids of the first round: random, or the k-means medoids of the features that the run starts from."""
         if self.args.pick == 'random':
             return order[:n]
-        if self.args.encoder:
-            h = F.normalize(self.network.encode(self.ds.x_train, self.pool), dim=1)
-        else:                                                   # untrained features say less than pixels
-            h = features.in_chunks(lambda x: F.normalize(x.flatten(1), dim=1), self.ds.x_train, ids=self.pool,
-                                   device=self.device)
+        start = runs.start_network(self.run.config, self.device)
+        h = F.normalize(start.encode(self.ds.x_train, self.pool), dim=1)
         ids = order.sort().values
         return ids[labels.pick_coverage(min(n, len(ids)), h[ids], self.args.seed)]
 
     def next(self, n, order, taken, seed, now):
-        """(ids, what is predicted for each: (guess, confidence, agreed, audit), estimate) of a later round."""
-        args = self.args
-        h = self.network.encode(self.ds.x_train, self.pool)
+        """(ids, (guess, confidence, agreed, audit) of each, Estimate or None) of a later round."""
+        args, network = self.args, runs.Network(self.run.config, self.trainer.model, self.device)
+        h = network.encode(self.ds.x_train, self.pool)
         with torch.no_grad():
             probs = self.trainer.model.teacher.head(h).softmax(1)
-        h = F.normalize(h, dim=1)
         audits = math.ceil(args.audit * n)
         if args.until is not None:
             audits = max(audits, min(AUDITS_FOR_UNTIL, n // 2))
         drawn = order[:n if args.pick == 'random' else audits]
         known, y = self.database.labels_of_round()
         known = torch.searchsorted(self.pool, known).to(self.device)
-        ids, agreed = labels.pick_informative(n - len(drawn), probs, h, torch.cat([taken, drawn]), known,
-                                              y.to(self.device), seed)
+        ids, agreed = labels.pick_informative(n - len(drawn), probs, F.normalize(h, dim=1),
+                                              torch.cat([taken, drawn]), known, y.to(self.device), seed)
         ids = torch.cat([drawn, ids])
         estimate = labels.estimate_accuracy(self.database.audits(now - AUDIT_ROUNDS))
         if args.until is not None and estimate and estimate.low >= args.until:
-            ids = ids[:0]
+            ids = ids[:0]                                       # good enough: nothing more is asked
         confidence, guess = probs[ids].max(1)
-        is_audit = torch.arange(len(ids)) < len(drawn)
-        columns = guess, confidence, agreed[ids].int(), is_audit.int()
+        is_audit = (torch.arange(len(ids)) < len(drawn)).int()
+        columns = guess, confidence, agreed[ids].int(), is_audit
         return ids, list(zip(*(column.tolist() for column in columns))), estimate
 
     def say(self, now):
         """Print a round that is over."""
-        args, seconds = self.args, self.trainer.seconds
-        asked, given, skipped, wrong = self.database.round_counts(now)
-        _, estimate = self.database.rounds()[now]
+        _, given, skipped, wrong = self.database.round_counts(now)
+        asked, estimate = self.database.rounds()[now]
         by_class = torch.bincount(self.database.labels_of_round()[1], minlength=len(self.ds.classes)).tolist()
-        parts = [f'round {now + 1}: {given} answered']
+        line = f'round {now + 1}: {given} labels'
         if skipped:
-            parts.append(f'{skipped} skipped')
-        parts.append(f'{self.database.spent} of {args.budget} spent, by class {by_class}')
+            line += f', {skipped} skipped'
+        line += f', {self.database.spent} of {self.args.budget} spent, by class {by_class}'
         if wrong is not None:
-            parts.append(f'{wrong:.0%} of them had been predicted wrong')
+            line += f', {wrong:.0%} of them had been predicted wrong'
         if now:
-            parts.append(f'estimated accuracy {estimate or "not known: too few random answers"}')
-            left = (args.rounds - now if asked else 0) * args.round_epochs + args.decay_epochs
-            parts.append(f'about {clock(seconds / (self.trainer.epoch - 1) * left)} left')
-        print(', '.join(parts), flush=True)
+            left = (self.args.rounds - now) * self.args.round_epochs if asked else 0
+            seconds = self.trainer.seconds / (self.trainer.epoch - 1) * (left + self.args.decay_epochs)
+            line += f', estimated accuracy {estimate or "not known: too few random answers"}'
+            line += f', about {clock(seconds)} left'
+        print(line, flush=True)
 
 
 # ---------------------------------------------------------------------------------------- both of them
@@ -301,7 +290,7 @@ def learn(run, args, ds, device):
 
 def validation_score(run, args, ds, model, device):
     """(score, what it is): more is better; what --search goes by."""
-    database = open_database(run, ds)
+    database = open_database(run.folder, ds)
     if args.method == 'query':
         estimate = database.rounds()[max(database.rounds())][1]
         if estimate is None:
@@ -318,33 +307,34 @@ def validation_score(run, args, ds, model, device):
 
 def measure(run, args, ds, model, device):
     """Score a classifier on the test set, once; write predictions.csv, report.html and metrics.json."""
-    began, database = time.monotonic(), open_database(run, ds)
+    began, database = time.monotonic(), open_database(run.folder, ds)
     network = runs.Network(run.config, model, device)
     if args.method == 'query':
         write_predictions(run.folder, network, ds, database)
-    metrics, shown = evaluate.measure_classifier(ds, network.predict_batch, network.encode_batch, device, args.seed)
-    history = database.history()
-    shown['asked'] = ds.x_train[torch.tensor([row[0] for row in history])], history, database.rounds()
+    metrics, shown = evaluate.measure_classifier(ds, network.predict_batch, network.encode_batch, device,
+                                                 args.seed)
+    history, rounds = database.history(), database.rounds()
+    shown['asked'] = ds.x_train[torch.tensor([row[0] for row in history])], history, rounds
     metrics = {'labels': database.spent, **metrics}
-    estimates = [estimate for _, estimate in database.rounds().values() if estimate]
-    if estimates:
-        last = estimates[-1]
-        metrics.update(estimate=last.mean, estimate_low=last.low, estimate_high=last.high, audits=last.n)
+    _, estimate = rounds[max(rounds)]
+    if estimate:
+        metrics.update(estimate=estimate.mean, estimate_low=estimate.low, estimate_high=estimate.high,
+                       audits=estimate.n)
     report.finish(run, ds, metrics, shown, began)
 
 
 def write_predictions(folder, network, ds, database):
-    """predictions.csv: of every training image its class and how confident that is (1 where the label was
-    given); labels.csv: the labels that were given."""
+    """predictions.csv: of every training image its class and how confident that is, 1 where the label was
+    given; labels.csv: the labels that were given."""
     confidence, label = (t.cpu() for t in network.predict(ds.x_train).max(1))
     given, y = database.labels_of_round()
     confidence[given], label[given] = 1.0, y
     is_given = torch.zeros(len(label), dtype=torch.int64)
     is_given[given] = 1
-    key, names = ('file', ds.names_train) if ds.names_train else ('id', range(len(label)))
+    key, names = ds.row_names()
     rows = [(name, ds.ids[k], ds.classes[k], f'{p:.4f}', g) for name, k, p, g in
             zip(names, label.tolist(), confidence.tolist(), is_given.tolist())]
     runs.write_csv(folder / 'predictions.csv', [key, 'label', 'class', 'confidence', 'given'], rows)
     rows = [(names[i], ds.classes[k]) for i, k in zip(given.tolist(), y.tolist())]
     runs.write_csv(folder / 'labels.csv', [key, 'class'], rows)
-    print(f'-> {Path(folder) / "predictions.csv"}: the classes of all {len(label):,} training images')
+    print(f'-> {folder / "predictions.csv"}: the classes of all {len(label):,} training images')

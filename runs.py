@@ -38,8 +38,8 @@ except ImportError:                                     # Windows has no flock; 
     fcntl = None
 
 # arguments that say how a run is made, not what it is: they may change on --resume
-NOT_IN_IDENTITY = {'name', 'resume', 'overwrite', 'device', 'data', 'answers', 'port', 'tensorboard', 'search',
-                   'over'}
+NOT_IN_IDENTITY = {'name', 'resume', 'overwrite', 'device', 'data', 'answers', 'port', 'tensorboard',
+                   'search', 'over'}
 CHECKPOINTS = ('checkpoint.new.pt', 'checkpoint.pt', 'checkpoint.previous.pt')          # newest first
 
 
@@ -182,8 +182,9 @@ def write_state(path, state):
 def load_checkpoint(path):
     """State saved by write_state, on the CPU. ValueError, one sentence, when it is damaged.
 
-    Only plain types and tensors are read (weights_only), so that a hostile file runs nothing. torch's format
-    is a zip without packing: each part has a checksum, and what would unpack to more than the file is refused.
+    Only plain types and tensors are read (weights_only), so that a hostile file runs nothing. torch's
+    format is a zip without packing: each part has a checksum, and what unpacks to more than the file is
+    refused.
     """
     with data.naming(path):
         with zipfile.ZipFile(path) as z:
@@ -235,8 +236,8 @@ def describe(args, ds, device):
     """config.json: every argument, what data, which versions, where."""
     return {
         'args': args,
-        'data': {'name': ds.name, 'digest': ds.digest, 'shape': ds.shape, 'classes': ds.classes, 'ids': ds.ids,
-                 'train': len(ds.x_train), 'test': 0 if ds.x_test is None else len(ds.x_test)},
+        'data': {'name': ds.name, 'digest': ds.digest, 'shape': ds.shape, 'classes': ds.classes,
+                 'ids': ds.ids, 'train': len(ds.x_train), 'test': 0 if ds.x_test is None else len(ds.x_test)},
         'versions': {'python': platform.python_version(), 'torch': torch.__version__,
                      'numpy': np.__version__, 'scipy': scipy.__version__},
         'machine': {'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device),
@@ -285,12 +286,13 @@ class Run:
         if old['data']['digest'] != new['data']['digest']:
             raise ValueError(f'{self.folder} was started on other data (its digest differs); '
                              'use another --name')
-        kept = {k: v for k, v in before.items() if k not in typed and k not in NOT_IN_IDENTITY - {'answers', 'search'}}
+        may_change = NOT_IN_IDENTITY - {'answers', 'search'}
+        kept = {k: v for k, v in before.items() if k not in typed and k not in may_change}
         return {**old, 'args': {**new['args'], **kept}}
 
     def _clear(self):
         """Delete what an earlier run left. Labels that a person gave are put aside."""
-        for pattern in ('log.jsonl', 'metrics.json', '*.csv', '*.npz', 'report.html', '*.png', '*.svg', '*.pt'):
+        for pattern in ('log.jsonl', 'metrics.json', 'report.html', '*.csv', '*.png', '*.svg', '*.pt'):
             for path in self.folder.glob(pattern):
                 path.unlink()
         shutil.rmtree(self.folder / 'tensorboard', ignore_errors=True)
@@ -379,8 +381,14 @@ def initial_model(config, device):
     """The network that a run starts from: fresh, or with the trained encoder of the run --encoder."""
     encoder = None
     if config['args'].get('encoder'):
-        encoder = nets.encoder_of(open_run(config['args']['encoder'], device).model)
+        encoder = nets.encoder_of(start_network(config, device).model)
     return build(config, encoder).to(device, memory_format=nets.layout(device))
+
+
+def start_network(config, device):
+    """The finished run --encoder, opened; without one a network whose features are the pixels."""
+    folder = config['args'].get('encoder')
+    return open_run(folder, device) if folder else Network(config, nets.Pixels(config['data']['shape']), device)
 
 
 class Network:
@@ -456,7 +464,7 @@ def open_run(folder, device=None):
 
 
 def encoder_config(folder, shape):
-    """The part of a finished run's config.json that says what its encoder is; ValueError if it can't be used."""
+    """The part of a finished run's config.json that says what its encoder is; ValueError if it has none."""
     config = read_config(folder)
     if not (Path(folder) / 'metrics.json').exists():
         raise ValueError(f'--encoder {folder} is not finished; continue it with its command and --resume')

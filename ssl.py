@@ -30,9 +30,10 @@ else:
                      warmup=0.5, decay_epochs=None, amp=None, noise=0.0),
         'vae': dict(net='resnet', width=0.5, latent=64, epochs=5, batch_size=128, lr=2e-3, weight_decay=0.0,
                     warmup=0.5, decay_epochs=None, amp=None, beta=1.0, likelihood='bernoulli'),
-        'simclr': dict(net='resnet', width=1.0, latent=0, epochs=7, batch_size=512, lr=4e-3, weight_decay=1e-4,
-                       warmup=0.5, decay_epochs=None, amp=None, temperature=0.2, recon=0.0, neighbours_from=1.0,
-                       neighbours=20, **{**VIEWS, 'crop': 0.3, 'grey': 0.2, 'cutout': 0.0}),
+        'simclr': dict(net='resnet', width=1.0, latent=0, epochs=7, batch_size=512, lr=4e-3,
+                       weight_decay=1e-4, warmup=0.5, decay_epochs=None, amp=None, temperature=0.2, recon=0.0,
+                       neighbours_from=1.0, neighbours=20,
+                       **{**VIEWS, 'crop': 0.3, 'grey': 0.2, 'cutout': 0.0}),
         'classify': dict(**HEAD, **LABELS, labels=0.1, pick='random', epochs=20, batch_size=128,
                          decay_epochs=None, mixup=0.2,
                          **{**VIEWS, 'crop': 0.7, 'rotate': 5.0, 'jitter': 0.2, 'cutout': 0.3}),
@@ -52,7 +53,8 @@ else:
     ABOUT = {'ae': 'fully connected autoencoder', 'conv': 'convolutional residual autoencoder',
              'vae': 'variational autoencoder', 'simclr': 'contrastive learning',
              'classify': 'classifier from few labels', 'query': 'classifier that asks for its labels',
-             'scan': 'clusters that neighbours agree on', 'cluster': 'pseudo-labelling, from k-means or from scan',
+             'scan': 'clusters that neighbours agree on',
+             'cluster': 'pseudo-labelling, from k-means or from scan',
              'random': 'untrained encoder', 'pixels': 'raw pixels', 'pca': 'principal components'}
     EXAMPLES = """examples, with what two CPU cores gave on Fashion-MNIST:
   python ssl.py --method ae                      5 epochs in about 10 s: test MSE .011, SSIM .68
@@ -104,8 +106,8 @@ else:
         """Type of a flag: one of the names; a misspelt one is answered with the nearest."""
         def parse(text):
             if text not in names:
-                raise argparse.ArgumentTypeError(f'{text!r} is not known; {nearest(text, names)}wanted one of '
-                                                 f'{", ".join(names)}')
+                raise argparse.ArgumentTypeError(f'{text!r} is not known; {nearest(text, names)}'
+                                                 f'wanted one of {", ".join(names)}')
             return text
         return parse
 
@@ -116,128 +118,119 @@ else:
             raise argparse.ArgumentTypeError(f'{text!r} is not understood; wanted for instance lr=1e-4:1e-2')
         return key.replace('-', '_'), *ends.split(':')
 
-    COUNT, SHARE, YES_NO = number(int, 1, 10**9), number(float, 0, 1), argparse.BooleanOptionalAction
-    POSITIVE = number(float, 0, 1e9, above=True)
+    COUNT, SHARE = number(int, 1, 10**9), number(float, 0, 1)
+    ON, YES_NO = {'action': 'store_true'}, {'action': argparse.BooleanOptionalAction}
 
     # ------------------------------------------------------------------------------------- the flags
 
+    # Each flag: its name, its type (or argparse's options), its help.
+
     FLAGS = {
         'what to do': [
-            ('--method', 'train it (the last three have nothing to train) and measure it: '
-             + ', '.join(f'{k} = {v}' for k, v in ABOUT.items()), dict(type=choice(*ABOUT), metavar='NAME')),
-            ('--evaluate', 'measure a finished run again', dict(type=path, metavar='RUN')),
-            ('--compare', 'print one table of these runs, all finished ones without a name, and write '
-             'runs/report.html', dict(nargs='*', metavar='RUN')),
-            ('--list', 'say of each run in runs/ whether it is finished, stopped or running',
-             dict(action='store_true')),
-            ('--export', 'write the features that a finished run gives all its images, or those of a file or '
-             'folder NEW, as an .npz', dict(nargs='+', type=path, metavar=('RUN NPZ', 'NEW'))),
-            ('--predict', 'print what class or cluster a finished run gives new images (.npz with x, x_train or '
-             'x_test, IDX file, folder of images), as CSV', dict(nargs=2, type=path, metavar=('RUN', 'FILE'))),
-            ('--show-views', 'write originals and two augmented views of each as a PNG',
-             dict(nargs='?', const='views.png', metavar='PNG')),
-            ('--search', 'try N settings of the method, scored without the test set, and print the best command',
-             dict(type=number(int, 1, 10**4), metavar='N')),
-            ('--over', 'what --search varies: numeric flags and their ranges',
-             dict(nargs='+', type=span, metavar='FLAG=LOW:HIGH')),
+            ('--method', choice(*ABOUT), 'train it (the last three have nothing to train) and measure it: '
+             + ', '.join(f'{k} = {v}' for k, v in ABOUT.items())),
+            ('--evaluate', path, 'measure a finished RUN again'),
+            ('--compare', dict(nargs='*', metavar='RUN'), 'print one table of these runs, all finished ones '
+             'without a name, and write runs/report.html'),
+            ('--list', ON, 'say of each run in runs/ whether it is finished, stopped or running'),
+            ('--export', dict(nargs='+', type=path, metavar=('RUN NPZ', 'NEW')), 'write the features that a '
+             'finished run gives all its images, or those of a file or folder NEW, as an .npz'),
+            ('--predict', dict(nargs=2, type=path, metavar=('RUN', 'FILE')), 'print what class or cluster a '
+             'finished run gives new images (.npz with x, x_train or x_test, IDX file, folder of images), '
+             'as CSV'),
+            ('--show-views', dict(nargs='?', const='views.png', metavar='PNG'),
+             'write originals and two augmented views of each as a PNG'),
+            ('--search', number(int, 1, 10**4), 'try so many settings of the method, scored without the test '
+             'set, and print the best command'),
+            ('--over', dict(nargs='+', type=span, metavar='FLAG=LOW:HIGH'),
+             'what --search varies: numeric flags and their ranges'),
         ],
         'data and run folder': [
-            ('--data', 'fashion-mnist, stl10 or cifar10 (found in data/ or downloaded), a folder of images, of IDX '
-             'files or of the binary files of STL-10 or CIFAR-10, or an .npz with x_train and, optionally, y_train, '
-             'x_test, y_test', dict(type=path, metavar='PATH')),
-            ('--size', 'height and width of the images of a folder, in pixels (default: their median, 96 at most)',
-             dict(type=number(int, 8, 4096), metavar='N')),
-            ('--limit', 'use only the first N training images; those with labels come first',
-             dict(type=number(int, 20, 10**9), metavar='N')),
-            ('--name', 'run folder under runs/ (default: the method and what differs from its defaults)', {}),
-            ('--resume', 'continue an unfinished run to the same result; a finished one is left alone',
-             dict(action='store_true')),
-            ('--overwrite', 'start again in an existing run folder', dict(action='store_true')),
-            ('--device', 'cuda, cuda:1, mps or cpu (default: cuda if there is a card, else cpu)',
-             dict(metavar='NAME')),
-            ('--seed', 'of weights, split, order, augmentation',
-             dict(type=number(int, 0, 2**31 - 1), metavar='N')),
-            ('--deterministic', 'only algorithms that give the same bits each time, on CUDA too; slower',
-             dict(action=YES_NO)),
-            ('--tensorboard', 'write the numbers, images and features for TensorBoard too; needs the packages '
-             'tensorboard and pillow', dict(action='store_true')),
+            ('--data', path, 'fashion-mnist, stl10 or cifar10 (found in data/ or downloaded), a folder of '
+             'images, of IDX files or of the binary files of STL-10 or CIFAR-10, or an .npz with x_train and '
+             'optionally y_train, x_test, y_test'),
+            ('--size', number(int, 8, 4096), 'height and width of the images of a folder (default: their '
+             'median, 96 at most)'),
+            ('--limit', number(int, 20, 10**9), 'use only the first so many training images; those with '
+             'labels come first'),
+            ('--name', {}, 'run folder under runs/ (default: the method and what differs from its defaults)'),
+            ('--resume', ON, 'continue an unfinished run to the same result; a finished one is left alone'),
+            ('--overwrite', ON, 'start again in an existing run folder'),
+            ('--device', {}, 'cuda, cuda:1, mps or cpu (default: cuda if there is a card, else cpu)'),
+            ('--seed', number(int, 0, 2**31 - 1), 'of weights, split, order, augmentation'),
+            ('--deterministic', YES_NO, 'only algorithms that give the same bits each time, on CUDA too; '
+             'slower'),
+            ('--tensorboard', ON, 'write the numbers, images and features for TensorBoard too; needs the '
+             'packages tensorboard and pillow'),
         ],
         'network': [
-            ('--net', 'encoder: fc, conv or resnet', dict(type=choice('fc', 'conv', 'resnet'))),
-            ('--width', 'scales the units or channels of every layer',
-             dict(type=number(float, 0.1, 32), metavar='X')),
-            ('--latent', 'number of features; 0 (simclr, random): those of the average-pooled map',
-             dict(type=number(int, 0, 4096), metavar='D')),
+            ('--net', choice('fc', 'conv', 'resnet'), 'encoder: fc, conv or resnet'),
+            ('--width', number(float, 0.1, 32), 'scales the units or channels of every layer'),
+            ('--latent', number(int, 0, 4096), 'number of features; 0 (simclr, random): those of the '
+             'average-pooled map'),
         ],
         'training': [
-            ('--epochs', 'passes over the training images (cluster: of each iteration)',
-             dict(type=number(int, 0, 10**6), metavar='N')),
-            ('--batch-size', 'images a step, of all processes together',
-             dict(type=number(int, 2, 10**6), metavar='B')),
-            ('--lr', 'peak learning rate of AdamW', dict(type=POSITIVE)),
-            ('--weight-decay', 'not applied to norms and biases', dict(type=number(float, 0, 10), metavar='X')),
-            ('--decay-epochs', 'epochs at the end in which the learning rate falls to 0 by half a cosine (default: '
-             'all after warm-up; ae 0, query 10, cluster 5)', dict(type=number(int, 0, 10**6), metavar='N')),
-            ('--amp', 'bfloat16 in the network, losses in float32 (default: where it is faster)',
-             dict(action=YES_NO)),
+            ('--epochs', number(int, 0, 10**6), 'passes over the training images (cluster: of each '
+             'iteration)'),
+            ('--batch-size', number(int, 2, 10**6), 'images a step, of all processes together'),
+            ('--lr', number(float, 0, 1e9, above=True), 'peak learning rate of AdamW'),
+            ('--weight-decay', number(float, 0, 10), 'not applied to norms and biases'),
+            ('--decay-epochs', number(int, 0, 10**6), 'epochs at the end in which the learning rate falls '
+             'to 0 by half a cosine (default: all after warm-up; ae 0, query 10, cluster 5)'),
+            ('--amp', YES_NO, 'bfloat16 in the network, losses in float32 (default: where it is faster)'),
         ],
         'methods': [
-            ('--noise', 'std of noise added to the input (ae, conv: denoising) or to each view, on the 0..1 scale',
-             dict(type=number(float, 0, 10), metavar='STD')),
-            ('--beta', 'weight of the KL term', dict(type=number(float, 0, 1e6))),
-            ('--likelihood', 'of a pixel: bernoulli or gaussian',
-             dict(type=choice('bernoulli', 'gaussian'), metavar='NAME')),
-            ('--temperature', 'of NT-Xent', dict(type=number(float, 0.001, 100), metavar='T')),
-            ('--recon', 'weight of the squared error of a decoder beside NT-Xent; 0: no decoder',
-             dict(type=number(float, 0, 1e6), metavar='X')),
-            ('--neighbours-from', 'share of the epochs after which the two views are of an image and one of its '
-             'neighbours; 1: never', dict(type=SHARE, metavar='X')),
+            ('--noise', number(float, 0, 10), 'std of noise added to the input (ae, conv: denoising) or to '
+             'each view, on the 0..1 scale'),
+            ('--beta', number(float, 0, 1e6), 'weight of the KL term'),
+            ('--likelihood', choice('bernoulli', 'gaussian'), 'of a pixel: bernoulli or gaussian'),
+            ('--temperature', number(float, 0.001, 100), 'of NT-Xent'),
+            ('--recon', number(float, 0, 1e6), 'weight of the squared error of a decoder beside NT-Xent; 0: '
+             'no decoder'),
+            ('--neighbours-from', SHARE, 'share of the epochs after which the two views are of an image and '
+             'one of its neighbours; 1: never'),
         ],
         'few labels': [
-            ('--encoder', 'finished run whose encoder to start from; without it from scratch',
-             dict(type=path, metavar='RUN')),
-            ('--labels', 'how many labels to pay for, or below 1 their share',
-             dict(type=number(float, 0, 1e9, above=True), metavar='N')),
-            ('--pick', 'which: random, coverage (classify: k-means medoids of the features) or informative (query: '
-             'where its errors are)', dict(type=choice('random', 'coverage', 'informative'))),
-            ('--freeze', 'train only the head; the encoder keeps every bit', dict(action=YES_NO)),
-            ('--mixup', 'alpha of mixup; 0 is none', dict(type=number(float, 0, 100), metavar='ALPHA')),
-            ('--sam', 'radius of sharpness-aware minimisation; 0 is none, else twice the time',
-             dict(type=number(float, 0, 100), metavar='RHO')),
+            ('--encoder', path, 'finished run whose encoder to start from; without it from scratch'),
+            ('--labels', number(float, 0, 1e9, above=True), 'how many labels to pay for, or below 1 their '
+             'share'),
+            ('--pick', choice('random', 'coverage', 'informative'), 'which: random, coverage (classify: '
+             'k-means medoids of the features) or informative (query: where its errors are)'),
+            ('--freeze', YES_NO, 'train only the head; the encoder keeps every bit'),
+            ('--mixup', number(float, 0, 100), 'alpha of mixup; 0 is none'),
+            ('--sam', number(float, 0, 100), 'radius of sharpness-aware minimisation; 0 is none, else twice '
+             'the time'),
         ],
         'queries': [
-            ('--oracle', 'who answers: data (y_train), web (you, on a page that it serves to this machine alone) or '
-             'file (an --answers CSV)', dict(type=choice('data', 'web', 'file'), metavar='NAME')),
-            ('--answers', 'CSV of lines id or file name, class; for --oracle file', dict(type=path, metavar='CSV')),
-            ('--classes', 'what the classes are called; needed where no labels of the data tell',
-             dict(type=class_names, metavar='A,B,C')),
-            ('--port', 'of the page; 0: any that is free', dict(type=number(int, 0, 65535), metavar='N')),
-            ('--budget', 'how many labels to pay for at most', dict(type=COUNT, metavar='N')),
-            ('--until', 'stop asking when the interval of the estimated accuracy lies above this',
-             dict(type=number(float, 0, 1, above=True), metavar='X')),
-            ('--audit', 'share of the queries drawn at random, from which the accuracy is estimated',
-             dict(type=SHARE, metavar='X')),
-            ('--rounds', 'in how many parts the budget is spent', dict(type=COUNT, metavar='N')),
-            ('--round-epochs', 'epochs between two rounds', dict(type=COUNT, metavar='N')),
-            ('--threshold', 'how confident the teacher must be of a pseudo-label', dict(type=SHARE, metavar='P')),
+            ('--oracle', choice('data', 'web', 'file'), 'who answers: data (y_train), web (you, on a page '
+             'that it serves to this machine alone) or file (an --answers CSV)'),
+            ('--answers', path, 'CSV of lines id or file name, class; for --oracle file'),
+            ('--classes', class_names, 'what the classes are called, as in cat,dog,other; needed where no '
+             'labels of the data tell'),
+            ('--port', number(int, 0, 65535), 'of the page; 0: any that is free'),
+            ('--budget', COUNT, 'how many labels to pay for at most'),
+            ('--until', number(float, 0, 1, above=True), 'stop asking when the interval of the estimated '
+             'accuracy lies above this'),
+            ('--audit', SHARE, 'share of the queries drawn at random, from which the accuracy is estimated'),
+            ('--rounds', COUNT, 'in how many parts the budget is spent'),
+            ('--round-epochs', COUNT, 'epochs between two rounds'),
+            ('--threshold', SHARE, 'how confident the teacher must be of a pseudo-label'),
         ],
         'clusters': [
-            ('--clusters', 'how many', dict(type=number(int, 2, 10**4), metavar='K')),
-            ('--iterations', 'how often a network is trained on the clusters and all images are assigned anew',
-             dict(type=number(int, 1, 10**6), metavar='N')),
-            ('--neighbours', 'of each image, which should share its cluster or (simclr) be its other view',
-             dict(type=COUNT, metavar='N')),
+            ('--clusters', number(int, 2, 10**4), 'how many'),
+            ('--iterations', COUNT, 'how often a network is trained on the clusters and all images are '
+             'assigned anew'),
+            ('--neighbours', COUNT, 'of each image, which should share its cluster or (simclr) be its '
+             'other view'),
         ],
         'views': [
-            ('--crop', 'smallest share of the area a crop keeps; 1 is no crop',
-             dict(type=number(float, 0.01, 1), metavar='X')),
-            ('--flip', 'mirror left-right half of the time', dict(action=YES_NO)),
-            ('--rotate', 'degrees, either way', dict(type=number(float, 0, 180), metavar='DEG')),
-            ('--jitter', 'brightness, contrast; on colour saturation and, a quarter of it, hue',
-             dict(type=SHARE, metavar='X')),
-            ('--grey', 'share of colour images whose colours are taken out', dict(type=SHARE, metavar='X')),
-            ('--blur', 'share of images blurred', dict(type=SHARE, metavar='X')),
-            ('--cutout', 'side of an erased square as a share of the image', dict(type=SHARE, metavar='X')),
+            ('--crop', number(float, 0.01, 1), 'smallest share of the area a crop keeps; 1 is no crop'),
+            ('--flip', YES_NO, 'mirror left-right half of the time'),
+            ('--rotate', number(float, 0, 180), 'degrees, either way'),
+            ('--jitter', SHARE, 'brightness, contrast; on colour saturation and, a quarter of it, hue'),
+            ('--grey', SHARE, 'share of colour images whose colours are taken out'),
+            ('--blur', SHARE, 'share of images blurred'),
+            ('--cutout', SHARE, 'side of an erased square as a share of the image'),
         ],
     }
 
@@ -261,7 +254,8 @@ else:
                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
         for title, flags in FLAGS.items():
             group = p.add_argument_group(title)
-            for name, help, options in flags:
+            for name, kind, help in flags:
+                options = kind if isinstance(kind, dict) else {'type': kind, 'metavar': 'X'}
                 help += default_text(name.strip('-').replace('-', '_'))
                 group.add_argument(name, help=help.replace('%', '%%'), **options)
         return p
@@ -284,8 +278,8 @@ else:
         command = next((key for key in COMMANDS if key in typed), None)
         method = typed.get('method', 'simclr' if command == 'show_views' else None)
         if method is None and command is None:
-            parser.error('say what to do; python ssl.py --method ae trains and measures an autoencoder in half a '
-                         'minute (--help lists the rest)')
+            parser.error('say what to do; python ssl.py --method ae trains and measures an autoencoder in '
+                         'half a minute (--help lists the rest)')
         if command:
             check_command(parser, command, typed)
         if method:
@@ -320,7 +314,8 @@ else:
                              f'it is for {", ".join(takers)}')
         picks = {'classify': 'coverage', 'query': 'informative'}.get(method)
         if typed.get('pick', 'random') not in ('random', picks):
-            parser.error(f'--pick {typed["pick"]} does nothing for --method {method}; wanted random or {picks}')
+            parser.error(f'--pick {typed["pick"]} does nothing for --method {method}; '
+                         f'wanted random or {picks}')
         if method in ('ae', 'conv', 'vae', 'pca') and typed.get('latent') == 0:
             parser.error(f'--latent of --method {method} is wanted from 1 up')
         least = 1 if method == 'cluster' or 'search' in typed else 0
@@ -344,11 +339,12 @@ else:
             parser.error('--search N and --over FLAG=LOW:HIGH go together')
 
     def check_search(parser, method, typed):
-        """--search needs a score; --over needs numeric flags of the method. Fills in their ends as numbers."""
+        """--search needs a score, --over numeric flags of the method. Fills in their ends as numbers."""
         if method not in ('ae', 'conv', 'vae', 'simclr', 'classify', 'query'):
             parser.error(f'--search has no score for --method {method}')
         if typed.get('oracle', 'data') != 'data':
-            parser.error(f'--search would ask for labels in every trial; leave --oracle {typed["oracle"]} out')
+            parser.error(f'--search would ask for labels in every trial; '
+                         f'leave --oracle {typed["oracle"]} out')
         if 'tensorboard' in typed:
             parser.error('--tensorboard does nothing with --search')
         types = {action.dest: action.type for action in parser._actions}
@@ -394,12 +390,12 @@ else:
         try:
             args, typed, defaults = parse(argv)
             again = 'Type the same command with --resume to continue.' if 'method' in typed else ''
-            import commands                                # torch comes with it: only once the flags are right
+            import commands                                # with torch: only once the flags are right
             code = commands.main(args, typed, defaults)
             sys.stdout.flush()
             return code
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)   # the reader (head, less) left: no traceback at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)   # the reader (head, less) left: no traceback
             return 141
         except (ValueError, OSError) as e:
             print(f'ssl.py: {sentence(e, again)}', file=sys.stderr)

@@ -36,7 +36,7 @@ class Settings:
     lr: float = 1e-3                                    # the peak
     weight_decay: float = 0.0
     warmup: float = 0.0                                 # of the learning rate, linear
-    decay_epochs: float = math.inf                      # at the end, half a cosine; inf: all that warm-up leaves
+    decay_epochs: float = math.inf                      # at the end, half a cosine; inf: all after warm-up
     sam: float = 0.0                                    # radius of sharpness-aware minimisation; 0: none
     seed: int = 0
     amp: bool = False
@@ -44,8 +44,8 @@ class Settings:
     @classmethod
     def of(cls, args):
         """Those of a run's arguments; decay_epochs None stands for all epochs."""
-        known = {f.name: getattr(args, f.name) for f in fields(cls) if getattr(args, f.name, None) is not None}
-        return cls(**known)
+        given = {f.name: getattr(args, f.name, None) for f in fields(cls)}
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
 
 def optimizer(model, lr, weight_decay):
@@ -226,8 +226,8 @@ class Trainer:
 
     def _not_finite(self, what):
         return (f'{what} is not finite at epoch {self.epoch}, step {self.step}, learning rate '
-                f'{self.opt.param_groups[0]["lr"]:.2g}; try a lower --lr or --no-amp (the last good checkpoint, '
-                f'if there is one, stays in {self.run.folder})')
+                f'{self.opt.param_groups[0]["lr"]:.2g}; try a lower --lr or --no-amp (the last good '
+                f'checkpoint, if there is one, stays in {self.run.folder})')
 
 
 def start(run, args, model, x):

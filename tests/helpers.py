@@ -151,6 +151,8 @@ def tiny(method, *more):
         flags += ['--batch-size', 40, '--budget', 15, '--rounds', 2, '--round-epochs', 1, '--decay-epochs', 0]
     if method in ('cluster', 'scan'):
         flags += ['--clusters', 3, '--neighbours', 5]
+    if method == 'scan':
+        flags += ['--encoder', finished('simclr')]
     if method == 'cluster':                                   # two iterations of an epoch each
         flags += ['--batch-size', 40, '--iterations', 2, '--epochs', 1, '--decay-epochs', 0]
     return [*flags, *more]
@@ -159,7 +161,7 @@ def tiny(method, *more):
 @functools.cache
 def finished(method):
     """Folder of a finished tiny run."""
-    code, _, err = run(*tiny(method))
+    code, _, err = run(*tiny(method), '--overwrite')
     assert code == 0 and not err, err
     return home() / 'runs' / method
 

@@ -8,7 +8,6 @@ import struct
 import tracemalloc
 import unicodedata
 import unittest
-import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -74,8 +73,8 @@ def test_read_idx_names_the_file_and_what_is_wrong_with_it():
                 (b'', 'starts with'), (good[:3], 'starts with'), (b'\x89PNG', 'starts with 0x89504e47'),
                 (b'\0\0\x0a\1', 'starts with'), (good[:7], ''), (good[:-1], 'the 6 bytes of shape [2, 3]'),
                 (good + b'x', 'the 6 bytes'), (huge, 'memory'), (gzip.compress(good)[:-9], ''),
-                (gzip.compress(good) + b'x', ''), (gzip.compress(good + b'x'), 'the 6 bytes'), (b'\0\0\x08\xff' + b'\0\0\0\1' * 255 + b'x', '255'),
-                (struct.pack('>BBBB4I', 0, 0, 8, 4, 0, *[2**32 - 1] * 3), '')):
+                (gzip.compress(good) + b'x', ''), (gzip.compress(good + b'x'), 'the 6 bytes'),
+                (b'\0\0\x08\xff' + b'\0\0\0\1' * 255 + b'x', '255'), (idx(8, (0, *[2**32 - 1] * 3), []), '')):
             (f / 'x').write_bytes(content)
             with raises(ValueError, f'{f / "x"}: ', said):
                 data.read_idx(f / 'x')
@@ -137,7 +136,8 @@ def test_what_is_not_understood_in_an_npz_is_named():
                 data.load(path)
         write_npz(path, **good)
         whole = path.read_bytes()
-        for content in b'', b'text', whole[:-30], whole.replace(b'NUMPY', b'NUMBY'), whole.replace(b'20,', b'-2,'):
+        wrong_shape = whole.replace(b'20,', b'-2,')
+        for content in b'', b'text', whole[:-30], whole.replace(b'NUMPY', b'NUMBY'), wrong_shape:
             path.write_bytes(content)
             with raises(ValueError, path):
                 data.load(path)
@@ -155,9 +155,9 @@ def test_the_line_of_python_in_a_refusal_mends_the_array():
 
     x, y = images(30, H=10, W=12, C=3)
     sizes = dict(N=30, H=10, W=12, C=3)
-    for wrong, exact in ((x.astype(np.int64), True), (x / 1.0, True), (x - 300.0, False), (x / 127.5 - 1, False),
-                         (x.reshape(30, -1), True), (np.concatenate([x, x[..., :1]], 3), True),
-                         (x[..., :2], False), (x[:, :4], False)):
+    rgba = np.concatenate([x, x[..., :1]], 3)
+    for wrong, exact in ((x.astype(int), True), (x / 1.0, True), (x - 300.0, False), (x / 127.5 - 1, False),
+                         (x.reshape(30, -1), True), (rgba, True), (x[..., :2], False), (x[:, :4], False)):
         mended = eval(refusal(data.to_images, 'x_train', wrong), {'x': wrong, **sizes})
         tensor = data.to_images('x_train', mended)
         assert not exact or np.array_equal(tensor.permute(0, 2, 3, 1), x)
@@ -185,7 +185,8 @@ def test_idx_folders_and_npz_are_the_same_images_channels_first():
             write_npz(f / 'a.npz', x_train=kept['x_train'])
             bare, first = data.load(f / 'a.npz'), data.load(f, limit=21)
         assert same(a, b) and first.digest != a.digest and not said.getvalue()
-        assert a.name == 'a' and a.shape == (C, 10, 12) and a.classes == ['0', '1', '2'] and a.ids == [0, 1, 2]
+        assert a.name == 'a' and a.shape == (C, 10, 12)
+        assert a.classes == ['0', '1', '2'] and a.ids == [0, 1, 2]
         for key in 'x_train', 'x_test':
             x = kept[key].reshape(-1, 10, 12, C)
             for place in np.ndindex(x.shape):
@@ -212,7 +213,7 @@ def test_arrays_as_they_are_published_are_read_with_a_line_that_says_how():
             plain = data.load(f / 'good.npz')
             for contents, said in ((nchw, 'x_train: read as (N, C, H, W)'), (columns, 'y_test: read as (N,)'),
                                    (floats, 'x_test: read as floats from 0 to 1'),
-                                   (medmnist, 'read train_images, train_labels, test_images, test_labels of val_')):
+                                   (medmnist, 'read train_images, train_labels, test_images, test_labels')):
                 write_npz(f / 'other.npz', **contents)
                 with notes() as line:
                     assert same(data.load(f / 'other.npz'), plain), said
@@ -348,7 +349,7 @@ def test_broken_binary_data_sets_are_one_sentence():
                 (write_stl10, 'class_names.txt', lambda b: b'\xff' + b, 'class_names.txt: '),
                 (write_cifar10, 'data_batch_10.bin', lambda b: b[:-3], 'wanted a multiple of 3,073'),
                 (write_cifar10, 'test_batch.bin', None, 'test_batch.bin: No such file'),
-                (write_cifar10, 'data_batch_9.bin', lambda b: b[3073 * 7:], 'holds 18 images; wanted at least')):
+                (write_cifar10, 'data_batch_9.bin', lambda b: b[3073 * 7:], 'holds 18 images; wanted at')):
             for old in f.iterdir():
                 old.unlink()
             write(f)
@@ -415,7 +416,7 @@ def test_folders_of_images_are_read_with_or_without_classes_and_a_test_set():
         else:
             assert ds.y_train is None
         assert not test or [ds.classes[k] for k in ds.y_test] == ['bee', 'cow']
-        assert f'24 images to train on, {2 if test else 0} to test, {len(ds.classes)} classes' in said.getvalue()
+        assert f'24 images to train on, {2 if test else 0} to test, {len(ds.classes)} ' in said.getvalue()
 
 
 def test_images_are_resized_by_their_shorter_side_and_the_centre_is_cut_out():
@@ -456,7 +457,7 @@ def test_files_that_can_not_be_read_are_named_left_out_and_counted():
             assert not {'a/3.png', 'b/5.png', 'b/0.png'} & set(ds.names_train)
         lines = said.getvalue().splitlines()
         assert lines[0].startswith('3 of 24 image files are left out: a/3.png (') and lines[0] == lines[2]
-        with mock.patch.object(pillow(), 'MAX_IMAGE_PIXELS', 100):           # a bomb is one of 90 million pixels
+        with mock.patch.object(pillow(), 'MAX_IMAGE_PIXELS', 100):           # a bomb has 90 million pixels
             with raises(ValueError, f, 'holds no image that can be read', 'exceeds limit'):
                 data.read_images(f, 9)
     with folder() as f:
@@ -488,6 +489,8 @@ def test_images_are_decoded_once_and_again_when_a_file_changes():
             with mock.patch.object(np, 'savez', side_effect=OSError(28, 'No space left')):
                 assert data.load(f, size=11).shape == (3, 11, 11)
             assert set(Path('runs/.cache').iterdir()) == there
+            with mock.patch.object(data, 'CACHE', f / '00.png' / 'cache'):
+                assert data.load(f).digest == changed.digest
 
 
 def test_new_images_come_from_npz_idx_or_image_files():
@@ -525,7 +528,7 @@ def test_batches_hold_every_image_once_in_an_order_that_seed_and_epoch_fix():
         sizes = [len(ids) for _, ids in batches]
         assert sorted(sum((ids for _, ids in batches), [])) == list(range(n))
         assert [step for step, _ in batches] == list(range(data.steps_per_epoch(n, size)))
-        assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 2 and max(sizes) <= max(size, 3), (n, size, sizes)
+        assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 2 and max(sizes) <= max(size, 3), (n, size)
         assert seen(0, 1) == batches
         for start in range(len(batches) + 1):
             assert seen(0, 1, start) == batches[start:]
@@ -554,7 +557,7 @@ def test_images_are_resident_if_they_fit_and_the_same_batches_come_either_way():
             order = [(7, torch.tensor([3, 1, 3])), *data.batches(len(kept), 7, 0, 1, start=2)]
             for (step, batch), (got_step, got, rows) in zip(order, kept.read(iter(order)), strict=True):
                 assert got_step == step and torch.equal(got, batch) and torch.equal(rows, wanted[batch])
-    with mock.patch.object(data, 'free_memory', lambda device: 2 * x.numel()):      # by default half of what is free
+    with mock.patch.object(data, 'free_memory', lambda device: 2 * x.numel()):       # half of what is free
         assert data.Images(x, CPU).resident is not None
     with mock.patch.object(data, 'free_memory', lambda device: 2 * x.numel() - 2):
         assert data.Images(x, CPU).resident is None

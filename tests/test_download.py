@@ -19,7 +19,7 @@ FILE = bytes(range(256)) * 1000                               # what the mirrors
 
 
 class Response:
-    """What `download.open_url` returns: `content`, at most 10,000 bytes a read, then `error` if there is one."""
+    """What `download.open_url` returns: `content`, at most 10,000 bytes a read, then `error`, if any."""
 
     def __init__(self, content=FILE, status=200, headers=(), error=None):
         self.content, self.status, self.headers, self.error = content, status, dict(headers), error
@@ -87,7 +87,7 @@ def test_a_download_ends_with_the_whole_file_or_goes_on_where_it_broke_off():
     for part, mirrors, requests in (
             (None, {'a': whole}, [('a', 0)]),
             (None, {'a': reset, 'b': rest}, [('a', 0), ('b', 70_000)]),
-            (None, {'a': broken(None), 'b': rest}, [('a', 0), ('b', 70_000)]),      # a connection that just ends
+            (None, {'a': broken(None), 'b': rest}, [('a', 0), ('b', 70_000)]),     # it just ends
             (FILE[:5], {'a': rest}, [('a', 5)]),
             (FILE, {'a': rest}, []),                          # killed just before the rename
             (b'junk', {'a': whole}, [('a', 4)]),              # a server that ignores the range
@@ -107,8 +107,10 @@ def test_a_download_that_fails_says_in_one_sentence_why_and_keeps_what_is_right(
     for part, mirrors, left, said in (
             (None, {'a': broken(TimeoutError('timed out'))}, FILE[:70_000], 'a (timed out)'),
             (None, {'a': wrong}, None, 'a (wrong checksum)'),
-            (FILE[:9], {'a': lambda start: page}, FILE[:9], 'a (HTTP 200 with 19 bytes where 256000 were wanted)'),
-            (None, {'a': unknown, 'b': http_error(503)}, None, 'a (Name or service not known), b (HTTP 503)')):
+            (FILE[:9], {'a': lambda start: page}, FILE[:9],
+             'a (HTTP 200 with 19 bytes where 256000 were wanted)'),
+            (None, {'a': unknown, 'b': http_error(503)}, None,
+             'a (Name or service not known), b (HTTP 503)')):
         file, kept, _, error = downloaded(part, **mirrors)
         assert file is None and kept == left and isinstance(error, ConnectionError), said
         assert str(error) == f'images.gz could not be downloaded: {said}'

@@ -37,7 +37,7 @@ def test_contrastive_is_nt_xent_of_two_views_plus_the_weighed_error_of_what_the_
             seen = augment.augment(torch.cat([x, x]), None, None)
             loss, parts = pretrain.contrastive(model, x, None, 0.5, OFF, recon)
         h = model.encode(seen)
-        wanted = nt_xent_by_loops(*model.project(h).chunk(2), 0.5)
+        wanted = nt_xent_by_loops(*model.head(h).chunk(2), 0.5)
         if recon:
             wanted += recon * ((model.decode(h) - seen) ** 2).mean().item()
         assert close(loss, wanted, 1e-4) and close(parts['chance'], math.log(11))
@@ -135,7 +135,8 @@ def test_permuting_labels_changes_no_weight_no_loss_and_no_image():
             scores = 'acc', 'nmi', 'ari', 'purity', 'f1'      # of the clusters, logged to be looked at
             rows = [[{k: v for k, v in row.items() if k not in scores} for row in logged(f)] for f in (a, b)]
             assert weights(a) == weights(b) and rows[0] == rows[1] and drawn(a) == drawn(b), method
-            assert measured(a) != measured(b) and measured(a).get('sizes') == measured(b).get('sizes')
+            assert measured(a).get('sizes') == measured(b).get('sizes')
+            assert measured(a) != measured(b) or method == 'cluster'           # which has one cluster after six steps
 
 
 def test_permuting_test_labels_changes_nothing_but_the_final_scores():
@@ -162,7 +163,8 @@ def test_images_without_labels_or_test_set_in_colour_and_odd_sizes_can_be_learne
         write_npz(cwd / 'tiny.npz', x_train=images(60, 9, 13, C=3)[0])
         refused(*tiny('classify'), cwd=cwd, said=['needs labels'])
         for method in *UNLABELLED, 'random', 'pixels', 'pca', 'cluster', 'scan':
-            code, out, err = run(*tiny(method), cwd=cwd)
+            more = ['--encoder', 'runs/simclr'] * (method == 'scan')
+            code, out, err = run(*tiny(method), *more, cwd=cwd)
             assert code == 0 and not err and 'labels' in out, (method, err)
             assert not {'knn', 'probe', 'acc'} & set(measured(cwd / 'runs' / method))
 
@@ -194,10 +196,11 @@ def test_a_run_that_will_make_few_steps_says_so():
 def test_a_step_of_each_method_leaves_no_tensor_behind_on_the_cpu():
     """On the meta device, which computes nothing but refuses to mix devices: what a GPU would stumble over."""
     x = torch.empty(8, 1, 28, 28, device='meta')
-    flags = ('blur', 1.0), ('cutout', 0.3), ('noise', 0.1), ('jitter', 0.2), ('grey', 0.1)
+    flags = ('blur', 1.0), ('cutout', 0.3), ('noise', 0.1), ('grey', 0.1)
     for method, strong in itertools.product(UNLABELLED, (False, True)):
         config = {**runs.read_config(finished(method)), 'data': {'shape': x.shape[1:], 'classes': range(10)}}
         args = runs.Network(config, torch.nn.Identity(), 'meta').args
+        args.jitter = 0                                       # its order is drawn by a generator, and meta has none
         if strong:
             vars(args).update((key, value) for key, value in flags if key in args)
         model = runs.build(config).to('meta').train()

@@ -1,0 +1,131 @@
+"""Tests of device.py."""
+from helpers import folder, python, raises
+import contextlib
+import io
+import itertools
+import platform
+import time
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import device
+
+CPU = torch.device('cpu')
+
+
+def test_a_device_that_can_not_be_used_is_refused_in_a_sentence():
+    for name in ('', 'gpu', 'cuda:99', 'cpu:x', 'meta', 'hpu', 'xla', 'mtia', 'privateuseone'):
+        with raises(ValueError, '--device', 'try cuda, mps or cpu'):
+            device.pick_device(name)
+    with mock.patch.object(torch.backends.mps, 'is_available', lambda: True), \
+            mock.patch.object(torch.cuda, 'is_available', lambda: False):
+        assert device.pick_device() == CPU                    # a Mac's GPU is asked for by name
+
+
+def test_threads_heed_a_containers_quota_of_processor_time():
+    threads = torch.get_num_threads()
+    try:
+        with folder() as f:
+            for before, quota, after in ((3, 'max 100000', 3), (3, '250000 100000', 2), (3, '50000 100000', 1),
+                                         (1, '800000 100000', 1), (1, 'nonsense', 1)):
+                torch.set_num_threads(before)
+                (f / 'cpu.max').write_text(quota)
+                device.limit_threads(f / 'cpu.max')
+                assert torch.get_num_threads() == after, quota
+            device.limit_threads(f / 'none')
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_bfloat16_is_the_default_only_where_it_is_measured_to_be_faster():
+    for speedup, wanted in ((1.1, False), (1.3, True)):
+        with mock.patch.object(device, 'bfloat16_speedup', lambda *_: speedup):
+            assert device.amp_by_default(CPU) is wanted
+            assert not device.amp_by_default(torch.device('mps'))
+    for card, wanted in ((9, 0), True), ((8, 0), True), ((7, 5), False):     # a T4 emulates it
+        with mock.patch.object(torch.cuda, 'get_device_capability', lambda _: card):
+            assert device.amp_by_default(torch.device('cuda')) is wanted
+
+
+def test_the_speedup_is_that_of_the_fastest_turns_on_one_thread():
+    threads, clock = torch.get_num_threads(), itertools.count()
+    torch.set_num_threads(2)
+
+    def thread_time():
+        assert torch.get_num_threads() == 1
+        call = next(clock)                                    # began, ended in float32, then in bfloat16
+        length = 6 if call % 4 < 2 else 2
+        return call % 2 * (length + call)                     # the first turn is the fastest
+    try:
+        with mock.patch.object(time, 'thread_time', thread_time):
+            assert device.bfloat16_speedup(CPU, batch=1) == (6 + 1) / (2 + 3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_float32_inside_is_off_again_outside():
+    @device.in_float32
+    def product(a, b, exponent):
+        assert exponent == 2 and a.dtype == b.dtype == torch.float32
+        return a @ b
+
+    a = torch.ones(2, 2, dtype=torch.bfloat16)
+    with device.autocast(CPU, True):
+        assert product(a, a, 2).dtype == torch.float32 and (a.float() @ a.float()).dtype == torch.bfloat16
+    with device.autocast(CPU, False):
+        assert (a.float() @ a.float()).dtype == torch.float32
+
+
+def test_generator_is_a_function_of_its_whole_key():
+    keys = [(0, 1, 2), (0, 12), (0, 1, 3), (1, 1, 2), (0, 1, 2, 'val'), (0, '1', 2)]
+    draws = [device.generator('cpu', *key).initial_seed() for key in keys * 2]
+    assert draws[:6] == draws[6:] and len(set(draws)) == 6
+
+
+def test_free_memory_heeds_a_containers_limit():
+    if not Path('/proc/meminfo').exists():
+        raise unittest.SkipTest('Linux tells its memory there')
+    with folder() as f:
+        def found(text):
+            (f / 'memory.max').write_text(text)
+            return device.free_memory(CPU, f / 'memory.max')
+
+        assert found('4096') == 4096 and 1 << 20 < found('max') < 1 << 50 and found(str(1 << 60)) < 1 << 50
+
+
+def test_memory_of_a_step_is_kept_for_the_next():
+    if platform.libc_ver()[0] != 'glibc':
+        raise unittest.SkipTest('mallopt is of glibc')
+    script = ('import resource, sys, torch, device\n'
+              'if sys.argv[1] == "keep": device.keep_memory()\n'
+              'def step(): return [torch.ones(5 << 20) for _ in range(4)]\n'
+              'step(), step(); before = resource.getrusage(0).ru_minflt\n'
+              'for _ in range(10): step()\n'
+              'print(resource.getrusage(0).ru_minflt - before)')
+    faults = {word: int(python('-c', script, word).communicate()[0]) for word in ('keep', 'leave')}
+    assert faults['keep'] < faults['leave'] / 4, faults
+
+
+def test_long_work_tells_a_terminal_how_far_it_is_and_leaves_nothing_behind():
+    for terminal, speed in itertools.product((True, False), (0.7, 0.01)):
+        out, clock = io.StringIO(), itertools.count(0, speed)
+        out.isatty = lambda: terminal
+        with contextlib.redirect_stdout(out), mock.patch.object(time, 'monotonic', lambda: next(clock)):
+            update = device.progress('rows', 40)
+            for done in range(0, 41, 5):
+                update(done)
+        if not terminal or speed < 0.1:                       # what is quick shows nothing
+            assert not out.getvalue()
+            continue
+        shown = out.getvalue().split('\r')
+        assert shown[2].startswith('rows: 25%, 0:0') and shown[2].rstrip().endswith(' left')
+        assert not shown[-2].strip() and not shown[-1]        # wiped
+
+
+def test_clock_shows_hours_only_where_there_are_some():
+    assert [device.clock(s) for s in (0, 75.9, 4000)] == ['0:00', '1:15', '1:06:40']

@@ -1,0 +1,105 @@
+"""Tests of losses.py."""
+from helpers import close, rand, randn, raises
+import itertools
+import math
+from unittest import mock
+
+import torch
+
+import losses
+
+
+def nt_xent_by_loops(z1, z2, tau):
+    """Equation 1 of arXiv 2002.05709, one term after another, in float64."""
+    z = [v / v.norm() for v in torch.cat([z1, z2]).double()]
+    n, total = len(z), 0
+    for i in range(n):
+        j = (i + n // 2) % n
+        others = sum((z[i] @ z[k] / tau).exp() for k in range(n) if k != i)
+        total = total - ((z[i] @ z[j] / tau).exp() / others).log()
+    return total / n
+
+
+def test_nt_xent_is_equation_1_written_out():
+    for B, tau, chunk in itertools.product((1, 2, 5), (0.1, 0.5, 2.0), (1 << 20, 30, 1)):
+        z1, z2 = randn(B, 7, seed=B).requires_grad_(), randn(B, 7, seed=9).requires_grad_()
+        with mock.patch.object(losses, 'CHUNK', chunk):
+            loss, wanted = losses.nt_xent(z1, z2, tau), nt_xent_by_loops(z1, z2, tau)
+        assert close(loss, wanted)
+        for a, b in zip(torch.autograd.grad(loss, (z1, z2)), torch.autograd.grad(wanted, (z1, z2))):
+            assert close(a, b, 1e-4)
+        shares = [losses.nt_xent(z1, z2, tau, torch.tensor([i])) for i in range(B)]     # one anchor each
+        assert close(sum(shares) / B, wanted)
+
+
+def test_nt_xent_of_equal_rows_is_chance_and_small_tau_does_not_overflow():
+    for B, tau in itertools.product((1, 4, 100), (0.01, 0.5)):
+        z = torch.ones(B, 3) * 7
+        assert close(losses.nt_xent(z, z, tau), math.log(2 * B - 1), 1e-4)
+    z1, z2 = (torch.eye(4) * 1e3).requires_grad_(), -torch.eye(4) * 1e3
+    loss = losses.nt_xent(z1, z2, 0.01)                       # positives opposed: 1 / tau + log 6, nearly
+    loss.backward()
+    assert close(loss, 100 + math.log(6), 1e-4) and z1.grad.isfinite().all()
+    assert losses.nt_xent(torch.eye(4), torch.eye(4), 0.01) < 1e-6
+
+
+def cast(args, dtype):
+    """The floating tensors among the arguments in that type."""
+    return [a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+
+
+def test_losses_are_float32_inside_bfloat16_autocast():
+    x, logits, mu, logvar = rand(3, 1, 4, 5), randn(3, 1, 4, 5), randn(3, 6, seed=1), randn(3, 6, seed=2)
+    for loss, args in ((losses.mse, (logits, x)), (losses.nt_xent, (mu, logvar, 0.1)),
+                       (losses.cross_entropy, (mu, torch.tensor([0, 5, 2]))),
+                       (losses.scan, (mu.softmax(1), logvar.softmax(1), 2.0)),
+                       (lambda *v: losses.elbo(*v)[0], (logits, x, mu, logvar)),
+                       (lambda *v: losses.elbo(*v, likelihood='gaussian')[0], (logits, x, mu, logvar))):
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            mixed = loss(*args)
+        assert mixed.dtype == torch.float32 and torch.equal(mixed, loss(*args))
+        half = cast(args, torch.bfloat16)
+        assert loss(*half).dtype == torch.float32 and torch.equal(loss(*half), loss(*cast(half, torch.float32)))
+
+
+def test_mse_and_cross_entropy_are_means_of_every_term():
+    a, b = rand(2, 3, 4, 5), rand(2, 3, 4, 5, seed=1)
+    squares = [(p - q) ** 2 for p, q in zip(a.flatten().tolist(), b.flatten().tolist())]
+    assert close(losses.mse(a, b), sum(squares) / 120)
+    logits, y, weight = randn(6, 4), torch.arange(6) % 4, rand(6)
+    log_p = (logits.double().exp() / logits.double().exp().sum(1, keepdim=True)).log()
+    assert close(losses.cross_entropy(logits, y), -sum(log_p[i, y[i]] for i in range(6)) / 6)
+    assert close(losses.cross_entropy(logits, y, weight), -sum(weight[i] * log_p[i, y[i]] for i in range(6)) / 6)
+
+
+def test_elbo_agrees_with_torch_distributions():
+    from torch.distributions import Bernoulli, Normal, kl_divergence
+    x, logits, mu, logvar = rand(3, 2, 4, 5), randn(3, 2, 4, 5), randn(3, 6, seed=1), randn(3, 6, seed=2)
+    leaves = [v.requires_grad_() for v in (logits, mu, logvar)]
+    kl = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0, 1))
+    assert close(losses.kl_normal(mu, logvar), kl)
+    likelihoods = {'bernoulli': Bernoulli(logits=logits, validate_args=False),
+                   'gaussian': Normal(logits.sigmoid(), (1 / (2 * torch.pi)) ** 0.5)}
+    for (name, p), beta in itertools.product(likelihoods.items(), (0.0, 1.0, 4.0)):
+        recon_wanted, kl_wanted = -p.log_prob(x).sum() / 3, kl.sum() / 3    # sums, but a mean over the batch of 3
+        loss, recon, kl_found = losses.elbo(logits, x, mu, logvar, beta, likelihood=name)
+        wanted = recon_wanted + beta * kl_wanted
+        assert close(recon, recon_wanted) and close(kl_found, kl_wanted) and close(loss, wanted)
+        for a, b in zip(torch.autograd.grad(loss, leaves, retain_graph=True),
+                        torch.autograd.grad(wanted, leaves, retain_graph=True)):
+            assert close(a, b, 1e-4)
+    with raises(ValueError, 'poisson'):
+        losses.elbo(logits, x, mu, logvar, likelihood='poisson')
+
+
+def test_the_scan_loss_is_equation_2_and_least_when_sure_agreed_and_balanced():
+    p, q = randn(2, 12, 3).softmax(2), randn(2, 12, 3, seed=1).softmax(2)
+    for head in range(2):
+        agreement = sum(math.log(sum(p[head, i, k] * q[head, i, k] for k in range(3))) for i in range(12)) / 12
+        sizes = [sum(p[head, i, k] for i in range(12)) / 12 for k in range(3)]
+        entropy = -sum(m * math.log(m) for m in sizes)
+        assert close(losses.scan(p, q, 5.0)[head], -agreement - 5 * entropy, 1e-4)
+    sure = torch.eye(3).repeat(4, 1)
+    assert close(losses.scan(sure, sure, 5.0), -5 * math.log(3))
+    for worse in ((sure, sure.roll(1, 0)), (sure[:1].repeat(12, 1),) * 2, ((sure + 1) / 4,) * 2):
+        assert losses.scan(*worse, 5.0) > -5 * math.log(3) + 0.1
