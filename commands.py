@@ -147,8 +147,8 @@ def fit_to_size(args, typed, n):
         if key not in typed:
             setattr(args, key, max(epochs, math.ceil(least / steps)))
         elif key == 'epochs' and epochs * steps < least and distributed.rank() == 0:
-            print(f'only {epochs * steps} steps: little will be learned; more --epochs or a smaller --batch-size '
-                  'make more of them')
+            print(f'only {epochs * steps} steps: little will be learned; more --epochs or a smaller '
+                  '--batch-size make more of them')
 
 
 def open_run_folder(folder, args, typed, ds, device):

@@ -41,8 +41,8 @@ def variational(model, x, g, beta=1.0, likelihood='bernoulli'):
 def contrastive(model, x, g, temperature=0.2, views=None, recon=0.0, other=None):
     """NT-Xent of two views of each image, or of one of it and one of its `other` (B, C, H, W).
 
-    recon: weight of a reconstruction; with it the first view is the image itself, which the decoder has to give
-    back from its features. Anchors are the images of this process, negatives those of all.
+    recon: weight of a reconstruction; with it the first view is the image itself, which the decoder has to
+    give back from its features. Anchors are the images of this process, negatives those of all.
     """
     B, other = len(x), x if other is None else other
     if recon:

@@ -133,10 +133,15 @@ def buy_labels(run, args, ds, device):
     return database.labels_of_round()
 
 
+def answers_file(database, run, args, ds):
+    """The --answers file as an oracle."""
+    return oracle.File(database, ds.x_train, ds.classes, args.answers, run.folder, ds.names_train, ds.ids)
+
+
 def read_answers(run, args, ds):
     """{id: label} of the --answers file, without those that could not be told."""
     database = open_database(run.folder, ds, budget=len(ds.x_train))
-    answers = oracle.File(database, ds.x_train, ds.classes, args.answers, run.folder, ds.names_train).read()
+    answers = answers_file(database, run, args, ds).read()
     known = {i: label for i, label in answers.items() if label is not None}
     if len(known) < len(ds.classes):
         raise ValueError(f'{args.answers} holds {len(known)} labels of {len(ds.classes)} classes: too few')
@@ -169,6 +174,10 @@ def query(run, args, ds, device):
                         after_step=partial(model.follow, args.ema))
             if not more:
                 break
+        if questions:
+            write_predictions(run, ds, model, device)
+        if args.oracle == 'web':
+            questions.person.done(run.folder / 'predictions.csv')
     finally:
         if args.oracle == 'web':
             questions.person.close()
@@ -189,8 +198,7 @@ class Questions:
             own = open_database(run.folder, ds, budget=args.budget)     # for the threads that serve the page
             self.person = oracle.Web(own, ds.x_train, ds.classes, args.rounds, self.left, args.port)
         elif args.oracle == 'file':
-            self.person = oracle.File(self.database, ds.x_train, ds.classes, args.answers, run.folder,
-                                      ds.names_train)
+            self.person = answers_file(self.database, run, args, ds)
 
     def left(self):
         """(seconds of training until the next questions or None, whether there will be any), for the page."""
@@ -309,8 +317,6 @@ def measure(run, args, ds, model, device):
     """Score a classifier on the test set, once; write predictions.csv, report.html and metrics.json."""
     began, database = time.monotonic(), open_database(run.folder, ds)
     network = runs.Network(run.config, model, device)
-    if args.method == 'query':
-        write_predictions(run.folder, network, ds, database)
     metrics, shown = evaluate.measure_classifier(ds, network.predict_batch, network.encode_batch, device,
                                                  args.seed)
     history, rounds = database.history(), database.rounds()
@@ -323,11 +329,12 @@ def measure(run, args, ds, model, device):
     report.finish(run, ds, metrics, shown, began)
 
 
-def write_predictions(folder, network, ds, database):
+def write_predictions(run, ds, model, device):
     """predictions.csv: of every training image its class and how confident that is, 1 where the label was
     given; labels.csv: the labels that were given."""
+    folder, network = run.folder, runs.Network(run.config, model, device)
     confidence, label = (t.cpu() for t in network.predict(ds.x_train).max(1))
-    given, y = database.labels_of_round()
+    given, y = open_database(folder, ds).labels_of_round()
     confidence[given], label[given] = 1.0, y
     is_given = torch.zeros(len(label), dtype=torch.int64)
     is_given[given] = 1

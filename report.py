@@ -39,7 +39,7 @@ def png(image):
     def chunk(kind, body):
         return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
 
-    header = chunk(b'IHDR', struct.pack('>IIBBBBB', W, H, 8, 2 if image.ndim == 3 else 0, 0, 0, 0))
+    header = chunk(b'IHDR', struct.pack('>IIBB3x', W, H, 8, 2 if image.ndim == 3 else 0))
     data = chunk(b'IDAT', zlib.compress(rows.tobytes(), 9))
     return b'\x89PNG\r\n\x1a\n' + header + data + chunk(b'IEND', b'')
 
@@ -51,18 +51,19 @@ def write_png(path, image):
 
 def sheet(*rows, gap=2, zoom=2):
     """Rows of images, each (n, C, H, W) float 0..1, as one image (H', W') or (H', W', 3) uint8."""
-    grey, n = 128 / 255, max(len(row) for row in rows)
-    lines = []
-    for row in rows:
-        blank = row.new_full((n - len(row), *row.shape[1:]), grey)
-        cells = F.pad(torch.cat([row, blank]), (gap, 0, gap, 0), value=grey)        # left and above each
-        lines.append(torch.cat(list(cells), 2))
-    out = F.pad(torch.cat(lines, 1), (0, gap, 0, gap), value=grey).detach().float().clamp(0, 1)
-    out = (255 * out).round().byte().cpu().numpy().repeat(zoom, 1).repeat(zoom, 2)
-    return out[0] if len(out) == 1 else out.transpose(1, 2, 0)
+    C, H, W = rows[0].shape[1:]
+    n = max(len(row) for row in rows)
+    cells = torch.full((len(rows), n, C, gap + H, gap + W), 128 / 255)
+    for r, row in enumerate(rows):
+        cells[r, :len(row), :, gap:, gap:] = row.detach().clamp(0, 1)
+    out = cells.permute(2, 0, 3, 1, 4).reshape(C, len(rows) * (gap + H), n * (gap + W))
+    out = F.pad(out, (0, gap, 0, gap), value=128 / 255)
+    out = (255 * out).round().byte().numpy().repeat(zoom, 1).repeat(zoom, 2)
+    return out[0] if C == 1 else out.transpose(1, 2, 0)
 
 
-DIGITS = '75557 26227 71747 71717 55711 74717 74757 71111 75757 75717'.split()     # 3 x 5 dots; a row is octal
+# 3 x 5 dots; each row is an octal number
+DIGITS = '75557 26227 71747 71717 55711 74717 74757 71111 75757 75717'.split()
 
 
 def captioned(x, numbers):
@@ -141,8 +142,11 @@ def measures(metrics):
 
 def describe(metrics):
     """metrics.json as lines of text."""
-    lines = [f'measured on {metrics["n"]:,} {metrics["split"]} images'] if 'n' in metrics else []
-    lines += [f'  {name:<15} {value:<9} {convention}' for name, value, convention in measures(metrics)]
+    lines = []
+    if 'n' in metrics:
+        lines.append(f'measured on {metrics["n"]:,} {metrics["split"]} images')
+    for name, value, convention in measures(metrics):
+        lines.append(f'  {name:<15} {value:<9} {convention}')
     if metrics['left_out']:
         lines.append(f'  left out for want of labels: {", ".join(metrics["left_out"])}')
     return '\n'.join(lines)
@@ -190,7 +194,7 @@ def setting(config, *but):
 
 
 def by_setting(found):
-    """The runs in groups of those that differ only by seed; a seed's second run is in another group: no spread."""
+    """The runs in groups of those that differ only by seed; the same seed twice is no spread."""
     groups, seen = {}, Counter()
     for run in found:
         key, seed = setting(run[1]), run[1]['args']['seed']
@@ -244,21 +248,31 @@ def write_comparison(path, folders):
         curve = [(row['epoch'], row.get('val_loss')) for row in runs.read_log(folder)]
         losses.setdefault(config['args']['method'], {})[folder.name] = curve
     for group in by_setting(found):
-        links.append([(config['args']['seed'], os.path.relpath(folder, Path(path).parent))
-                      for folder, config, _ in group])
-    write_page(path, {'title': 'Runs compared', 'table': rows_of(found), 'links': links, 'errors': errors,
-                      'accuracy': accuracy_curves(found), 'losses': losses})
+        links.append([])
+        for folder, config, _ in group:
+            links[-1].append((config['args']['seed'], os.path.relpath(folder, Path(path).parent)))
+    write_page(path, {
+        'title': 'Runs compared',
+        'table': rows_of(found),
+        'links': links,
+        'errors': errors,
+        'accuracy': accuracy_curves(found),
+        'losses': losses})
 
 
 def accuracy_curves(found):
-    """{name: [(labels, accuracy)]}: runs that differ only in the number of labels or the seed are one curve."""
+    """{name: [(labels, accuracy)]}: runs that differ only in the labels or the seed are one curve."""
     curves = {}
     for folder, config, metrics in found:
         if metrics.get('labels') and metrics.get('accuracy'):
             name = re.sub('-(seed|labels|budget)=[0-9.]+', '', folder.name)
-            name, points = curves.setdefault(setting(config, 'labels', 'budget'), (name, {}))
+            key = setting(config, 'labels', 'budget')
+            points = curves.setdefault(key, (name, {}))[1]
             points.setdefault(metrics['labels'], []).append(metrics['accuracy'])
-    return {name: [(n, statistics.mean(points[n])) for n in sorted(points)] for name, points in curves.values()}
+    series = {}
+    for name, points in curves.values():
+        series[name] = [(n, statistics.mean(points[n])) for n in sorted(points)]
+    return series
 
 
 # ------------------------------------------------------------------------------------ the page of a run
@@ -277,10 +291,15 @@ def write_report(folder, config, metrics, shown):
     for labels also 'asked': (images, rows of LabelDatabase.history(), LabelDatabase.rounds()).
     """
     classes, seed = config['data']['classes'], config['args']['seed']
-    content = {'title': folder.name, 'config': config, 'metrics': metrics, 'measures': measures(metrics),
-               'predictor': predictor(metrics), 'log': runs.read_log(folder),
-               'pngs': {path.stem: embedded(path.read_bytes()) for path in pngs(folder)},
-               'maps': feature_maps(shown, classes, seed)}
+    content = {
+        'title': folder.name,
+        'config': config,
+        'metrics': metrics,
+        'measures': measures(metrics),
+        'predictor': predictor(metrics),
+        'log': runs.read_log(folder),
+        'pngs': {path.stem: embedded(path.read_bytes()) for path in pngs(folder)},
+        'maps': feature_maps(shown, classes, seed)}
     if 'probs' in shown and 'y' in shown:
         content['wrong'] = most_wrong(shown, classes)
     if 'clusters' in shown:
@@ -309,8 +328,11 @@ def thumbnails(x, side=64):
 
 def gallery(x, captions):
     """Images (n, C, H, W) uint8 as [(address, caption)]."""
-    x = [png(sheet(image[None], gap=0, zoom=1)) for image in thumbnails(x)]
-    return [(embedded(blob), caption) for blob, caption in zip(x, captions)]
+    images = []
+    for image, caption in zip(thumbnails(x), captions):
+        blob = png(sheet(image[None], gap=0, zoom=1))
+        images.append((embedded(blob), caption))
+    return images
 
 
 def feature_maps(shown, classes, seed, most=2000):
@@ -327,44 +349,55 @@ def feature_maps(shown, classes, seed, most=2000):
     y, kl = features.tsne(h, PERPLEXITY)
     pca = features.principal(h)
     variance = pca.var(0) / h.var(0).sum()
-    return {**maps, 'names': classes, 'pca': pca.tolist(), 'variance': variance.tolist(),
-            'tsne': y.tolist(), 'kl': kl, 'perplexity': PERPLEXITY}
+    return {
+        **maps,
+        'names': classes,
+        'pca': pca.tolist(),
+        'variance': variance.tolist(),
+        'tsne': y.tolist(),
+        'kl': kl,
+        'perplexity': PERPLEXITY}
 
 
 def most_wrong(shown, classes, n=24):
     """Gallery of the wrong predictions that were made with the most confidence."""
-    (confidence, pred), y = shown['probs'].cpu().max(1), shown['y'].cpu()
+    y = shown['y'].cpu()
+    confidence, pred = shown['probs'].cpu().max(1)
     wrong = (pred != y).nonzero().flatten()
     ids = wrong[confidence[wrong].argsort(descending=True)[:n]]
-    captions = [f'{classes[y[i]]}, predicted {classes[pred[i]]}, {confidence[i]:.1%}' for i in ids]
+    captions = []
+    for i in ids:
+        captions.append(f'{classes[y[i]]}, predicted {classes[pred[i]]}, {confidence[i]:.1%}')
     return gallery(shown['x'][ids], captions)
 
 
 def clusters(shown, classes, seed, n=8):
-    """Of each cluster its size, the class it is matched to, and members drawn at random, with their classes."""
-    found = []
+    """Of each cluster its size, the class it is matched to, and members drawn at random."""
+    found, mapping = [], shown.get('mapping', {})
     for k in range(min(30, len(shown['centres']))):
         members = (shown['clusters'].cpu() == k).nonzero().flatten()
-        ids, name, captions = members[features.sample(len(members), n, seed, 'members', k)], '', [''] * n
-        if 'mapping' in shown:
-            name = classes[shown['mapping'][k]] if k in shown['mapping'] else 'no class'
-            captions = [classes[y] for y in shown['y'].cpu()[ids]]
-        found.append({'size': len(members), 'name': name, 'images': gallery(shown['x'][ids], captions)})
+        ids = members[features.sample(len(members), n, seed, 'members', k)]
+        captions = [classes[y] for y in shown['y'].cpu()[ids]] if mapping else [''] * n
+        found.append({
+            'size': len(members),
+            'name': classes[mapping[k]] if k in mapping else '',
+            'images': gallery(shown['x'][ids], captions)})
     return found
 
 
 def paid_labels(x, rows, rounds, classes, n=24):
-    """Accuracy estimated against the number of labels, labels by class, the newest that were not predicted."""
+    """Estimated accuracy against the number of labels, labels by class, the newest predicted otherwise."""
     estimates = []
     for number, (_, estimate) in rounds.items():
         if estimate:
             before = sum(row[2] < number for row in rows)
             estimates.append((before, estimate.mean, estimate.low, estimate.high))
-    counts = Counter(y for _, y, _, _ in rows)
     other = [i for i, (_, y, _, pred) in enumerate(rows) if pred not in (None, y)][-n:]
     captions = [f'{classes[rows[i][1]]}, predicted {classes[rows[i][3]]}' for i in other]
-    return {'estimates': estimates, 'counts': [counts[k] for k in range(len(classes))],
-            'other': gallery(x[other], captions)}
+    return {
+        'estimates': estimates,
+        'counts': [sum(row[1] == k for row in rows) for k in range(len(classes))],
+        'other': gallery(x[other], captions)}
 
 
 # --------------------------------------------------------------------------------- the end of a run
@@ -374,8 +407,11 @@ def finish(run, ds, metrics, shown, began):
     finished one; say what it holds and where to look. began: time.monotonic() when measuring began."""
     args, rows = run.config['args'], runs.trained(runs.read_log(run.folder))
     last = rows[-1] if rows else {'epoch': None, 'seconds': 0.0}        # nothing was trained
-    metrics.update(method=args['method'], epochs=last['epoch'], seconds=last['seconds'],
-                   measuring_seconds=round(time.monotonic() - began, 1))
+    metrics.update(
+        method=args['method'],
+        epochs=last['epoch'],
+        seconds=last['seconds'],
+        measuring_seconds=round(time.monotonic() - began, 1))
     write_report(run.folder, run.config, metrics, shown)
     if args['tensorboard']:
         write_tensorboard(run.folder, metrics, shown, ds.classes, args['seed'])

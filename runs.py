@@ -291,20 +291,17 @@ class Run:
         return {**old, 'args': {**new['args'], **kept}}
 
     def _clear(self):
-        """Delete what an earlier run left. Labels that a person gave are put aside."""
+        """Delete what an earlier run left; its labels, if it has any, are put aside under a number."""
+        labels, number = self.folder / 'labels.sqlite', 1
+        while labels.exists() and (self.folder / f'labels.{number}.sqlite').exists():
+            number += 1
+        for path in self.folder.glob('labels.sqlite*'):         # its journal, if there is one, belongs to it
+            os.replace(path, path.with_name(path.name.replace('labels', f'labels.{number}', 1)))
+            print(f'{path.name} of the run before is kept as labels.{number}.sqlite')
         for pattern in ('log.jsonl', 'metrics.json', 'report.html', '*.csv', '*.png', '*.svg', '*.pt'):
             for path in self.folder.glob(pattern):
                 path.unlink()
         shutil.rmtree(self.folder / 'tensorboard', ignore_errors=True)
-        labels = self.folder / 'labels.sqlite'
-        if labels.exists() and read_config(self.folder)['args'].get('oracle', 'data') != 'data':
-            number = 1
-            while (aside := self.folder / f'labels.{number}.sqlite').exists():
-                number += 1
-            os.replace(labels, aside)
-            print(f'the labels given before are kept in {aside}')
-        for path in self.folder.glob('labels.sqlite*'):
-            path.unlink()
 
     @property
     def finished(self):
@@ -388,7 +385,9 @@ def initial_model(config, device):
 def start_network(config, device):
     """The finished run --encoder, opened; without one a network whose features are the pixels."""
     folder = config['args'].get('encoder')
-    return open_run(folder, device) if folder else Network(config, nets.Pixels(config['data']['shape']), device)
+    if folder:
+        return open_run(folder, device)
+    return Network(config, nets.Pixels(config['data']['shape']), device)
 
 
 class Network:

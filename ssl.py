@@ -11,6 +11,7 @@ else:
     import difflib
     import errno
     import os
+    import signal
     import sys
     import unicodedata
     from pathlib import Path
@@ -387,6 +388,7 @@ else:
         folder = os.path.dirname(os.path.abspath(__file__))
         if folder not in sys.path:                         # python -P leaves it out
             sys.path.insert(0, folder)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C: told in a sentence
         try:
             args, typed, defaults = parse(argv)
             again = 'Type the same command with --resume to continue.' if 'method' in typed else ''

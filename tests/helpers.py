@@ -124,8 +124,8 @@ def run(*words, cwd=None):
                 code = cli().main([str(word) for word in words])
             except SystemExit as e:
                 code = e.code
-        if (code != 0 or err.getvalue()) and os.path.exists('runs'):
-            gc.collect()                                      # an exception's frames may hold a lock
+        if (code != 0 or 'web' in words) and os.path.exists('runs'):
+            gc.collect()                                      # an exception's frames or a server may hold a lock
     return code, out.getvalue(), err.getvalue()
 
 

@@ -29,8 +29,9 @@ def test_threads_heed_a_containers_quota_of_processor_time():
     threads = torch.get_num_threads()
     try:
         with folder() as f:
-            for before, quota, after in ((3, 'max 100000', 3), (3, '250000 100000', 2), (3, '50000 100000', 1),
-                                         (1, '800000 100000', 1), (1, 'nonsense', 1)):
+            for before, quota, after in (
+                    (3, 'max 100000', 3), (3, '250000 100000', 2), (3, '50000 100000', 1), (1, '800000 100000', 1),
+                    (1, 'nonsense', 1)):
                 torch.set_num_threads(before)
                 (f / 'cpu.max').write_text(quota)
                 device.limit_threads(f / 'cpu.max')
@@ -43,11 +44,11 @@ def test_threads_heed_a_containers_quota_of_processor_time():
 
 def test_bfloat16_is_the_default_only_where_it_is_measured_to_be_faster():
     for speedup, wanted in ((1.1, False), (1.3, True)):
-        with mock.patch.object(device, 'bfloat16_speedup', lambda *_: speedup):
+        with mock.patch.object(device, 'bfloat16_speedup', return_value=speedup):
             assert device.amp_by_default(CPU) is wanted
             assert not device.amp_by_default(torch.device('mps'))
     for card, wanted in ((9, 0), True), ((8, 0), True), ((7, 5), False):     # a T4 emulates it
-        with mock.patch.object(torch.cuda, 'get_device_capability', lambda _: card):
+        with mock.patch.object(torch.cuda, 'get_device_capability', return_value=card):
             assert device.amp_by_default(torch.device('cuda')) is wanted
 
 
@@ -114,8 +115,8 @@ def test_memory_of_a_step_is_kept_for_the_next():
 def test_long_work_tells_a_terminal_how_far_it_is_and_leaves_nothing_behind():
     for terminal, speed in itertools.product((True, False), (0.7, 0.01)):
         out, clock = io.StringIO(), itertools.count(0, speed)
-        out.isatty = lambda: terminal
-        with contextlib.redirect_stdout(out), mock.patch.object(time, 'monotonic', lambda: next(clock)):
+        out.isatty = mock.Mock(return_value=terminal)
+        with contextlib.redirect_stdout(out), mock.patch.object(time, 'monotonic', side_effect=clock):
             update = device.progress('rows', 40)
             for done in range(0, 41, 5):
                 update(done)
@@ -123,7 +124,7 @@ def test_long_work_tells_a_terminal_how_far_it_is_and_leaves_nothing_behind():
             assert not out.getvalue()
             continue
         shown = out.getvalue().split('\r')
-        assert shown[2].startswith('rows: 25%, 0:0') and shown[2].rstrip().endswith(' left')
+        assert shown[1].startswith('rows: 12%, 0:') and shown[1].rstrip().endswith(' left')
         assert not shown[-2].strip() and not shown[-1]        # wiped
 
 

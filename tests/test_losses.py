@@ -59,7 +59,8 @@ def test_losses_are_float32_inside_bfloat16_autocast():
             mixed = loss(*args)
         assert mixed.dtype == torch.float32 and torch.equal(mixed, loss(*args))
         half = cast(args, torch.bfloat16)
-        assert loss(*half).dtype == torch.float32 and torch.equal(loss(*half), loss(*cast(half, torch.float32)))
+        rounded = cast(half, torch.float32)
+        assert loss(*half).dtype == torch.float32 and torch.equal(loss(*half), loss(*rounded))
 
 
 def test_mse_and_cross_entropy_are_means_of_every_term():
@@ -68,8 +69,9 @@ def test_mse_and_cross_entropy_are_means_of_every_term():
     assert close(losses.mse(a, b), sum(squares) / 120)
     logits, y, weight = randn(6, 4), torch.arange(6) % 4, rand(6)
     log_p = (logits.double().exp() / logits.double().exp().sum(1, keepdim=True)).log()
-    assert close(losses.cross_entropy(logits, y), -sum(log_p[i, y[i]] for i in range(6)) / 6)
-    assert close(losses.cross_entropy(logits, y, weight), -sum(weight[i] * log_p[i, y[i]] for i in range(6)) / 6)
+    log_p = log_p[torch.arange(6), y]
+    assert close(losses.cross_entropy(logits, y), -log_p.sum() / 6)
+    assert close(losses.cross_entropy(logits, y, weight), -(weight * log_p).sum() / 6)
 
 
 def test_elbo_agrees_with_torch_distributions():
@@ -81,7 +83,7 @@ def test_elbo_agrees_with_torch_distributions():
     likelihoods = {'bernoulli': Bernoulli(logits=logits, validate_args=False),
                    'gaussian': Normal(logits.sigmoid(), (1 / (2 * torch.pi)) ** 0.5)}
     for (name, p), beta in itertools.product(likelihoods.items(), (0.0, 1.0, 4.0)):
-        recon_wanted, kl_wanted = -p.log_prob(x).sum() / 3, kl.sum() / 3    # sums, but a mean over the batch of 3
+        recon_wanted, kl_wanted = -p.log_prob(x).sum() / 3, kl.sum() / 3    # sums, but a mean over the batch
         loss, recon, kl_found = losses.elbo(logits, x, mu, logvar, beta, likelihood=name)
         wanted = recon_wanted + beta * kl_wanted
         assert close(recon, recon_wanted) and close(kl_found, kl_wanted) and close(loss, wanted)
@@ -95,7 +97,7 @@ def test_elbo_agrees_with_torch_distributions():
 def test_the_scan_loss_is_equation_2_and_least_when_sure_agreed_and_balanced():
     p, q = randn(2, 12, 3).softmax(2), randn(2, 12, 3, seed=1).softmax(2)
     for head in range(2):
-        agreement = sum(math.log(sum(p[head, i, k] * q[head, i, k] for k in range(3))) for i in range(12)) / 12
+        agreement = sum(math.log(p[head, i] @ q[head, i]) for i in range(12)) / 12
         sizes = [sum(p[head, i, k] for i in range(12)) / 12 for k in range(3)]
         entropy = -sum(m * math.log(m) for m in sizes)
         assert close(losses.scan(p, q, 5.0)[head], -agreement - 5 * entropy, 1e-4)
