@@ -1,509 +1,380 @@
-"""How fast each part of the work is on this machine: beside what users would pick instead, and beside its limit.
+"""How fast each part of the work is: beside what users would pick instead, and beside this machine's limit.
 
-    python bench.py              every part, on Fashion-MNIST, by the functions that training uses
-    python bench.py --peers      beside other packages, as far as they are installed; the product never needs them
+    python bench.py              every part, by the functions that training uses
+    python bench.py --peers      beside other packages, those that are installed; the project never needs them
 
-A candidate lives in a process of its own, which warms up once. Then all candidates of a part take turns, A B A B, so
-that a drift of the machine meets them alike; the median stands with its range. FLOPs are counted from what ran
-(torch.utils.flop_counter); the limit is this machine's own rate of matrix products, measured in the same way.
+The candidates of a part are warmed up, then take turns, A B A B, so that a drift of the machine meets them
+alike; the median stands with its range. FLOPs are counted from what ran. The limit is the best rate that
+torch's own matrix products and convolutions reach here in the same precision. On a GPU (--device cuda) sizes
+are larger and CUDA events take the times; that has never been tried.
 """
 import argparse
-import json
-import multiprocessing
-import os
-import resource
+import contextlib
+import io
 import runpy
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import augment
 import data
+import device
 import evaluate
+import features
 import losses
 import nets
+import pretrain
+import query
 import report
-import stages
+import runs
 import train
 
-HERE = Path(__file__).resolve().parent
-PARTS = {}            # part: {candidate: function(quick) -> (function to time, amount, unit, precision if not float32)}
-SERIES = {}           # what grows: {size: part}
-KEPT = []             # temporary folders of this process
+
+@dataclass
+class Setup:
+    device: torch.device
+    amp: bool                                           # networks run in bfloat16
+    quick: bool                                         # only to see it run
+
+    def size(self, n, gpu=1):
+        """n on a CPU, gpu times as many on a GPU, to fill it; an eighth if quick."""
+        n = n * gpu if self.device.type == 'cuda' else n
+        return n // 8 if self.quick else n
 
 
-def candidate(part, name='ours', series=None):
-    """Decorator: register what prepares a candidate of a part; series: (what grows, how large it is here)."""
-    def add(prepare):
-        PARTS.setdefault(part, {})[name] = prepare
-        if series:
-            SERIES.setdefault(series[0], {})[series[1]] = part
-        return prepare
-    return add
+class Part(NamedTuple):
+    amount: int                                         # of units that a call handles; None: its GFLOP
+    unit: str
+    calls: dict                                         # {candidate: function to time}, ours first
+    amp: bool = False
+
+
+@dataclass
+class Row:
+    """A candidate as it was measured."""
+    name: str
+    call: callable
+    flops: int
+    seconds: list = field(default_factory=list)         # of a call, one for each turn
 
 
 # ---------------------------------------------------------------------------------------- the limit
 
-def matrix_product(dtype, quick):
-    n = 4096                                                           # smaller ones don't reach the rate
-    a, b = torch.rand(2, n, n).to(dtype)
-    return lambda: a @ b, 2 * n ** 3 / 1e9, 'GFLOP', str(dtype)[6:]
+def limit(setup, amp):
+    like = {'device': setup.device, 'dtype': torch.bfloat16 if amp else torch.float32}
+    a, b = torch.rand(2, *[setup.size(4096, gpu=2)] * 2, **like)
+    calls = {f'{len(a)} x {len(a)} matrices': lambda: a @ b}
+    for channels, side in (64, 28), (128, 14), (256, 7):
+        x = torch.rand(setup.size(512, gpu=8), channels, side, side, **like)
+        x = x.to(memory_format=nets.layout(setup.device))
+        weight = torch.rand(channels, channels, 3, 3, **like)
+        calls[f'3 x 3 convolution of {tuple(x.shape)}'] = partial(F.conv2d, x, weight, padding=1)
+    return Part(None, 'GFLOP', calls, amp)
 
 
-for dtype in torch.float32, torch.bfloat16:
-    candidate(f'matrix product, {str(dtype)[6:]}')(partial(matrix_product, dtype))
-LIMITS = list(PARTS)
+# ------------------------------------------------------------------------------- epochs of training
 
-
-# ------------------------------------------------------------------------------------ epochs of training
-
-class Unsaved:
-    """Stands in for a run folder: training writes nothing."""
-    folder = 'bench'
-    load = trim_log = save = log = staticmethod(lambda *_: None)
-
-
+@cache
 def images(n):
-    return data.load().x_train[:n]
+    return data.load('fashion-mnist').x_train[:n]
 
 
-def arguments(method, *more):
-    """All flags of a method with their defaults, as training gets them."""
-    args = runpy.run_path(str(HERE / 'ssl.py'), run_name='cli')['parse'](['--method', method, *more])[0]
-    args.amp = args.net != 'fc' and train.amp_by_default(torch.device('cpu'))
-    args.encoder = None
+def arguments(setup, method):
+    """All flags of a method with their defaults."""
+    ssl = runpy.run_path(str(Path(__file__).with_name('ssl.py')), run_name='cli')
+    args = ssl['parse'](['--method', method])[0]
+    args.amp = setup.amp and args.net != 'fc'
     return args
 
 
-def network(args, classes=10):
-    return stages.network_of({'args': vars(args), 'data': {'shape': (1, 28, 28), 'classes': range(classes)}}, 'cpu')
+def network(setup, args):
+    config = {'args': vars(args), 'data': {'shape': (1, 28, 28), 'classes': range(10)}}
+    return runs.initial_model(config, setup.device)
 
 
-def precision(amp):
-    return 'bfloat16' if amp else 'float32'
-
-
-def epoch(method, n, quick):
-    """One epoch of a method on n pictures."""
-    args, x = arguments(method), images(n // 8 if quick else n)
-    model, objective, device = network(args), stages.objective_of(args), torch.device('cpu')
+def epoch(setup, method, n):
+    """One epoch of a method, as train.py does it."""
+    args, x = arguments(setup, method), data.Images(images(setup.size(n)), setup.device)
+    model, follow = network(setup, args), None
     if method == 'query':
-        labelled = x[:500], torch.arange(500) % 10
-        objective = partial(objective, labelled=lambda: labelled)
-    def once():
-        stages.train_model(Unsaved, args, model, objective, data.Pictures(x, device), plan=lambda *_: 1,
-                           after_step=partial(model.follow, args.ema) if method == 'query' else None)
-    return once, len(x), 'pictures', precision(args.amp)
+        labelled = x.at(torch.arange(500)), torch.arange(500, device=setup.device) % 10
+        objective = partial(query.consistency, labelled=labelled, views=pretrain.views_of(args))
+        follow = partial(model.follow, args.ema)
+    else:
+        objective = pretrain.objective_of(args)
+    trainer = train.Trainer(model, runs.SilentRun('bench'), train.Settings.of(args))
+
+    def ours():
+        trainer.fit(objective, x, last=trainer.epoch, of=1000, after_step=follow)
+    calls = {'ours': ours}
+    if method in ('ae', 'simclr'):                      # workers make ae slower
+        workers = 0 if method == 'ae' else 2
+        calls['torchvision'] = partial(loader_epoch, setup, args, network(setup, args), x.at, len(x), workers)
+    return Part(len(x), 'images', calls, args.amp)
 
 
-for method, n in dict(ae=60000, conv=8192, vae=8192, simclr=10240, query=5120).items():
-    candidate(f'epoch of {method}')(partial(epoch, method, n))
+class Transformed(torch.utils.data.Dataset):
+    """Images one by one, as they are usually loaded: a list of one view or two."""
+
+    def __init__(self, x, method):
+        from torchvision import transforms
+        plain = transforms.Compose([transforms.ToPILImage(), transforms.ToTensor()])
+        self.x, self.views = x, [torchvision_view()] * 2 if method == 'simclr' else [plain]
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return [view(self.x[i]) for view in self.views]
 
 
-def loader_epoch(dataset, model, objective, batch_size, workers=0, amp=False):
-    """An epoch as it is usually written: a DataLoader, Adam, the same network."""
-    loader = torch.utils.data.DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, drop_last=True,
-                                         multiprocessing_context='fork' if workers else None)
-    opt, device = torch.optim.Adam(model.parameters(), 1e-3), torch.device('cpu')
-    model.train()
-    def once():
-        for batch in loader:
-            with train.autocast(device, amp):
-                loss = objective(model, batch)
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-    return once, len(dataset), 'pictures', precision(amp)
-
-
-def raw_files():
-    """A folder with Fashion-MNIST's files, inflated, where torchvision looks for them; gone with the process."""
-    ds, folder = data.load(), tempfile.TemporaryDirectory()
-    KEPT.append(folder)
-    raw = Path(folder.name) / 'FashionMNIST' / 'raw'
-    raw.mkdir(parents=True)
-    for name, v in (('train-images-idx3', ds.x_train[:, 0]), ('train-labels-idx1', ds.y_train.byte()),
-                    ('t10k-images-idx3', ds.x_test[:, 0]), ('t10k-labels-idx1', ds.y_test.byte())):
-        data.write_idx(raw / f'{name}-ubyte', v.numpy())
-    return folder.name, raw
-
-
-def ae_by_torchvision(workers, quick):
-    from torchvision import datasets, transforms
-    dataset = datasets.FashionMNIST(raw_files()[0], transform=transforms.ToTensor())
-    dataset = torch.utils.data.Subset(dataset, range(60000 // (8 if quick else 1)))
-    return loader_epoch(dataset, network(arguments('ae')), lambda model, batch: F.mse_loss(model(batch[0]), batch[0]),
-                        128, workers)
-
-
-for workers in 0, 2:
-    candidate('epoch of ae', f'torchvision, DataLoader of {workers} workers')(partial(ae_by_torchvision, workers))
-
-
-def torchvision_views():
-    """SimCLR's views of one picture (H, W) uint8 by torchvision's transforms, as its users write them."""
+def torchvision_view():
+    """SimCLR's view of one image, as torchvision's users write it."""
     from torchvision import transforms as t
-    one = t.Compose([t.ToPILImage(), t.RandomResizedCrop(28, (0.3, 1)), t.RandomHorizontalFlip(), t.RandomRotation(10),
-                     t.ColorJitter(0.4, 0.4), t.ToTensor()])
-    return lambda x: (one(x), one(x))
+    return t.Compose([t.ToPILImage(), t.RandomResizedCrop(28, (0.3, 1)), t.RandomHorizontalFlip(),
+                      t.RandomRotation(10), t.ColorJitter(0.4, 0.4), t.ToTensor()])
+
+
+def loader_epoch(setup, args, model, x, workers):
+    """An epoch as it is usually written: a DataLoader, Adam, the same network in the same precision."""
+    loader = torch.utils.data.DataLoader(Transformed(x, args.method), args.batch_size, shuffle=True,
+                                         num_workers=workers, drop_last=True)
+    opt = torch.optim.Adam(model.parameters(), 1e-3)
+    for views in loader:
+        x = torch.cat(views).to(setup.device)
+        with device.autocast(setup.device, args.amp):
+            out = model(x)
+            loss = textbook_nt_xent(*out.float().chunk(2)) if args.method == 'simclr' else F.mse_loss(out, x)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+
+
+# ------------------------------------------------------------------------------------- parts of them
+
+def two_views(setup):
+    x = data.to_float(images(512).to(setup.device)).repeat(2, 1, 1, 1)
+    views, g = pretrain.views_of(arguments(setup, 'simclr')), device.generator(setup.device, 0)
+
+    def torchvision():
+        view = torchvision_view()
+        return [view(one) for one in x.cpu()]
+
+    def kornia():
+        import kornia.augmentation as k
+        return k.AugmentationSequential(
+            k.RandomResizedCrop((28, 28), (0.3, 1), p=1.0), k.RandomHorizontalFlip(),
+            k.RandomRotation(10.0, p=1.0), k.RandomBrightness((0.6, 1.4), p=1.0),
+            k.RandomContrast((0.6, 1.4), p=1.0))(x)
+    return Part(512, 'images', {'ours': lambda: augment.augment(x, views, g), 'torchvision': torchvision,
+                                'kornia': kornia})
 
 
 def textbook_nt_xent(z1, z2, tau=0.2):
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     logits = (z @ z.T / tau).fill_diagonal_(float('-inf'))
-    return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z1)))
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)))
 
 
-def simclr_by_torchvision(equal, quick):
-    views, x = torchvision_views(), images(10240 // (8 if quick else 1))
-    class Views(torch.utils.data.Dataset):
-        __len__, __getitem__ = lambda self: len(x), lambda self, i: views(x[i])
-    model = nets.build('simclr', 'resnet', (1, 28, 28))
-    model = model.to(memory_format=torch.channels_last) if equal else model
-    def objective(model, batch):
-        return textbook_nt_xent(*model(torch.cat(batch)).float().chunk(2))
-    return loader_epoch(Views(), model, objective, 512, 2, equal and train.amp_by_default(torch.device('cpu')))
+def nt_xent(setup, B):
+    z1, z2 = (torch.randn(B, 128, device=setup.device, requires_grad=True) for _ in range(2))
+
+    def lightly():
+        from lightly.loss import NTXentLoss
+        NTXentLoss(0.2)(z1, z2).backward()
+    return Part(B, 'images', {'ours': lambda: losses.nt_xent(z1, z2, 0.2).backward(), 'lightly': lightly,
+                              'textbook': lambda: textbook_nt_xent(z1, z2).backward()})
 
 
-candidate('epoch of simclr', 'torchvision, DataLoader of 2 workers')(partial(simclr_by_torchvision, False))
-candidate('epoch of simclr', 'the same at our precision')(partial(simclr_by_torchvision, True))
+def ssim(setup):
+    x = data.to_float(images(setup.size(10000)).to(setup.device))
+    y = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
+
+    def torchmetrics():
+        from torchmetrics.functional.image import structural_similarity_index_measure
+        structural_similarity_index_measure(x, y, data_range=1.0, reduction='none')
+
+    def pytorch_msssim():
+        from pytorch_msssim import ssim
+        ssim(x, y, data_range=1.0, size_average=False)
+
+    def skimage():
+        from skimage.metrics import structural_similarity
+        for a, b in zip(x[:, 0].cpu().numpy(), y[:, 0].cpu().numpy()):
+            structural_similarity(a, b, data_range=1.0, gaussian_weights=True, sigma=1.5,
+                                  use_sample_covariance=False)
+    return Part(len(x), 'pairs', {
+        'ours': lambda: [evaluate.ssim(a, b) for a, b in zip(x.split(1000), y.split(1000))],
+        'torchmetrics': torchmetrics, 'pytorch-msssim': pytorch_msssim, 'scikit-image': skimage})
 
 
-# ----------------------------------------------------------------------------------------- parts of it
-
-@candidate('two views of 512 pictures')
-def views_by_ours(quick):
-    x, views, g = data.to_float(images(512)), stages.views_of(arguments('simclr')), data.generator('cpu', 0)
-    return lambda: data.augment(torch.cat([x, x]), views, g), 512, 'pictures'
-
-
-@candidate('two views of 512 pictures', 'torchvision, picture by picture')
-def views_by_torchvision(quick):
-    x, views = images(512), torchvision_views()
-    return lambda: [views(one) for one in x], 512, 'pictures'
+def like_features(n, setup):
+    """n rows of 256 numbers like an encoder's: clusters that overlap."""
+    g = device.generator('cpu', n)
+    centres = torch.randn(50, 256, generator=g)
+    x = centres[torch.randint(50, (n,), generator=g)] + 1.5 * torch.randn(n, 256, generator=g)
+    return x.to(setup.device)
 
 
-@candidate('two views of 512 pictures', 'kornia, batched')
-def views_by_kornia(quick):
-    import kornia.augmentation as k
-    views = k.AugmentationSequential(
-        k.RandomResizedCrop((28, 28), (0.3, 1), p=1.0), k.RandomHorizontalFlip(), k.RandomRotation(10.0, p=1.0),
-        k.RandomBrightness((0.6, 1.4), p=1.0), k.RandomContrast((0.6, 1.4), p=1.0))
-    x = data.to_float(images(512))
-    return lambda: views(torch.cat([x, x])), 512, 'pictures'
+def kmeans(setup, k):
+    x = like_features(setup.size(60000), setup)
+    rows = x.cpu().numpy()
+
+    def sklearn():
+        from sklearn.cluster import KMeans
+        KMeans(k, init=rows[:k], n_init=1, max_iter=10, tol=0).fit(rows)
+
+    def faiss():
+        import faiss
+        kmeans = faiss.Kmeans(256, k, niter=10, min_points_per_centroid=1, max_points_per_centroid=len(rows))
+        kmeans.train(rows, init_centroids=rows[:k])
+        kmeans.assign(rows)
+    return Part(10 * len(x), 'rows', {
+        'ours': lambda: evaluate.kmeans(x, k, iterations=10, tol=-1, centres=x[:k].clone()),
+        'scikit-learn': sklearn, 'faiss': faiss})
 
 
-def nt_xent(loss, B, quick):
-    z1, z2 = (torch.randn(B, 128, generator=data.generator('cpu', i)).requires_grad_() for i in range(2))
-    return lambda: loss()(z1, z2).backward(), B, 'pictures'
+def knn(setup):
+    bank, x = (F.normalize(like_features(setup.size(n), setup), dim=1) for n in (60000, 10000))
+    y = torch.arange(len(bank), device=setup.device) % 10
+    rows, labels, new = bank.cpu().numpy(), y.cpu().numpy(), x.cpu().numpy()
+
+    def sklearn():
+        from sklearn.neighbors import KNeighborsClassifier
+        KNeighborsClassifier(20, algorithm='brute', weights='distance').fit(rows, labels).predict(new)
+
+    def faiss():
+        import faiss
+        index = faiss.IndexFlatIP(256)
+        index.add(rows)
+        s, i = map(torch.from_numpy, index.search(new, 20))
+        torch.zeros(len(new), 10).scatter_add_(1, y.cpu()[i], (s / 0.07).exp()).argmax(1)
+    return Part(len(x), 'rows', {'ours': lambda: features.knn(bank, y, x), 'scikit-learn': sklearn,
+                                 'faiss': faiss})
 
 
-def lightly_loss():
-    from lightly.loss import NTXentLoss
-    return NTXentLoss(0.2)
+LIMITS = {False: 'limit, float32', True: 'limit, bfloat16'}
+PARTS = {                                               # name: function(setup) -> Part
+    **{name: partial(limit, amp=amp) for amp, name in LIMITS.items()},
+    **{f'epoch of {method}': partial(epoch, method=method, n=n)
+       for method, n in dict(ae=60000, conv=8192, vae=8192, simclr=10240, query=5120).items()},
+    'two views of 512 images': two_views,
+    **{f'NT-Xent, B = {B:,}': partial(nt_xent, B=B) for B in (512, 4096)},
+    'SSIM of 10,000 pairs': ssim,
+    **{f'k-means, 60,000 x 256, k = {k:,}, 10 iterations': partial(kmeans, k=k) for k in (10, 100, 1000)},
+    'kNN, 10,000 against 60,000 x 256': knn}
 
 
-for B in 512, 1024, 2048, 4096, 8192:
-    part = f'NT-Xent, B = {B:,}'
-    candidate(part, series=('NT-Xent', B))(partial(nt_xent, lambda: partial(losses.nt_xent, tau=0.2), B))
-    if B in (512, 4096):
-        candidate(part, 'lightly')(partial(nt_xent, lightly_loss, B))
-        candidate(part, 'textbook')(partial(nt_xent, lambda: textbook_nt_xent, B))
+# ---------------------------------------------------------------------------------------- measuring
+
+def plain_convolution(x, weight, stride, padding):
+    return F.conv2d(x, weight, None, stride, padding)
 
 
-def pairs(n):
-    x = data.to_float(data.load().x_test[:n])
-    return x, (x + 0.1 * torch.randn(x.shape, generator=data.generator('cpu', 0))).clamp(0, 1)
-
-
-def ssim(measure, quick):
-    x, y = pairs(1000 if quick else 10000)
-    def once():
-        with torch.no_grad():
-            return measure()(x, y)
-    return once, len(x), 'pairs'
-
-
-def ssim_by_ours():
-    return lambda x, y: torch.cat([evaluate.ssim(a, b) for a, b in zip(x.split(1000), y.split(1000))])
-
-
-def ssim_by_torchmetrics():
-    from torchmetrics.functional.image import structural_similarity_index_measure as measure
-    return lambda x, y: measure(x, y, data_range=1.0, reduction='none')
-
-
-def ssim_by_pytorch_msssim():
-    from pytorch_msssim import ssim as measure
-    return lambda x, y: measure(x, y, data_range=1.0, size_average=False)
-
-
-def ssim_by_skimage():
-    from skimage.metrics import structural_similarity as measure
-    return lambda x, y: [measure(a, b, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-                         for a, b in zip(x[:, 0].numpy(), y[:, 0].numpy())]
-
-
-for name, measure in (('ours', ssim_by_ours), ('torchmetrics', ssim_by_torchmetrics),
-                      ('pytorch-msssim', ssim_by_pytorch_msssim), ('scikit-image', ssim_by_skimage)):
-    candidate('SSIM of 10,000 pairs', name)(partial(ssim, measure))
-
-
-def features(n, D=256):
-    """n rows like an encoder's: clusters that overlap, D numbers each."""
-    g = data.generator('cpu', n)
-    centres = torch.randn(50, D, generator=g)
-    return centres[torch.randint(50, (n,), generator=g)] + 1.5 * torch.randn(n, D, generator=g)
-
-
-def kmeans(fit, N, k, quick):
-    x = features(N // (10 if quick else 1))
-    return partial(fit(), x, k, x[:k].clone()), 10 * len(x), 'rows in 10 iterations'
-
-
-def kmeans_by_ours():
-    return lambda x, k, start: evaluate.kmeans(x, k, iterations=10, tol=-1, centres=start)
-
-
-def kmeans_by_sklearn():
-    from sklearn.cluster import KMeans
-    return lambda x, k, start: KMeans(k, init=start.numpy(), n_init=1, max_iter=10, tol=0).fit(x.numpy())
-
-
-def kmeans_by_faiss():
-    import faiss
-    def fit(x, k, start):
-        kmeans = faiss.Kmeans(x.shape[1], k, niter=10, max_points_per_centroid=len(x))
-        kmeans.train(x.numpy(), init_centroids=start.numpy())
-        kmeans.assign(x.numpy())
-    return fit
-
-
-for N, k in (15000, 10), (30000, 10), (60000, 10), (60000, 100), (60000, 1000):
-    part = f'k-means, {N:,} x 256, k = {k:,}'
-    candidate(part, series=('k-means', N) if k == 10 else None)(partial(kmeans, kmeans_by_ours, N, k))
-    if N == 60000:
-        candidate(part, 'scikit-learn')(partial(kmeans, kmeans_by_sklearn, N, k))
-        candidate(part, 'faiss')(partial(kmeans, kmeans_by_faiss, N, k))
-
-
-def knn(search, N, quick):
-    bank, x = features(N), F.normalize(features(1000 if quick else 10000), dim=1)
-    return partial(search(), F.normalize(bank, dim=1), torch.arange(N) % 10, x), len(x), 'rows'
-
-
-def knn_by_sklearn():
-    from sklearn.neighbors import KNeighborsClassifier
-    return lambda bank, y, x: KNeighborsClassifier(20, algorithm='brute', weights='distance').fit(
-        bank.numpy(), y.numpy()).predict(x.numpy())
-
-
-def knn_by_faiss():
-    import faiss
-    def search(bank, y, x):
-        index = faiss.IndexFlatIP(bank.shape[1])
-        index.add(bank.numpy())
-        s, i = index.search(x.numpy(), 20)
-        votes = torch.zeros(len(x), 10)
-        return votes.scatter_add_(1, y[torch.from_numpy(i)], (torch.from_numpy(s) / 0.07).exp()).argmax(1)
-    return search
-
-
-for N in 15000, 30000, 60000:
-    candidate(f'kNN, 10,000 against {N:,} x 256', series=('kNN', N))(partial(knn, lambda: evaluate.knn, N))
-candidate('kNN, 10,000 against 60,000 x 256', 'scikit-learn')(partial(knn, knn_by_sklearn, 60000))
-candidate('kNN, 10,000 against 60,000 x 256', 'faiss')(partial(knn, knn_by_faiss, 60000))
-
-
-@candidate('load Fashion-MNIST')
-def load_by_ours(quick):
-    return data.load, 70000, 'pictures'
-
-
-@candidate('load Fashion-MNIST', 'ours, inflated files')
-def load_raw_by_ours(quick):
-    return partial(data.load, raw_files()[1]), 70000, 'pictures'
-
-
-@candidate('load Fashion-MNIST', 'torchvision, inflated files')
-def load_by_torchvision(quick):
-    from torchvision import datasets
-    folder = raw_files()[0]
-    return lambda: [datasets.FashionMNIST(folder, train=part) for part in (True, False)], 70000, 'pictures'
-
-
-@candidate('ssl.py --help')
-def help_by_ours(quick):
-    return partial(subprocess.run, [sys.executable, HERE / 'ssl.py', '--help'], stdout=subprocess.DEVNULL), 1, 'start'
-
-
-# ------------------------------------------------------------------------------------------- measuring
-
-def serve(pipe, part, name, quick):
-    """A candidate's process: prepares it, then times it once for each message."""
-    sys.stdout = open(os.devnull, 'w')
+def prepare(name, call):
+    """The candidate's Row, with its FLOPs counted, and warm; None and a line on stderr if it can't be had."""
     try:
-        if name.startswith('ours'):
-            train.keep_memory()                                        # as ssl.py does
-        once, amount, unit, *kind = PARTS[part][name](quick)
-        plain = mock.patch.object(nets.NarrowConv, 'apply', lambda x, weight, *flags: F.conv2d(x, weight, None, *flags))
-        with FlopCounterMode(display=False) as counted, plain:         # its zeros between maps are no work
-            once()
-        began = time.perf_counter()
-        once()                                                         # warm by now: how often fills a turn?
-        times = 1 if quick else max(1, round(0.2 / (time.perf_counter() - began)))
-    except Exception as e:                                             # a package may fail in any way
-        pipe.send(' '.join(f'{type(e).__name__}: {e}'.split()))
-        return
-    pipe.send((amount, unit, kind[0] if kind else 'float32', counted.get_total_flops()))
-    while pipe.recv():
-        time.sleep(0.1)                                                # threads of the one before go to sleep
-        began = time.perf_counter()
-        for _ in range(times):
-            once()
-        pipe.send((time.perf_counter() - began) / times)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
-    for folder in KEPT:
-        folder.cleanup()
+        with FlopCounterMode(display=False) as counter, \
+                mock.patch.object(nets.NarrowConv, 'apply', plain_convolution):     # its zeros are no work
+            call()
+        call()
+    except Exception as e:                              # other packages may fail in any way
+        print(f'left out: {name} ({" ".join(str(e).split())[:80]})', file=sys.stderr)
+        return None
+    return Row(name, call, counter.get_total_flops())
 
 
-def measure(part, names, repeats, quick):
-    """[{'part', 'name', 'seconds': [...], 'amount', 'unit', 'flops', 'mib'}] of a part's candidates, in turns."""
-    context, rows = multiprocessing.get_context('forkserver'), []
-    for name in names:
-        pipe, theirs = context.Pipe()
-        worker = context.Process(target=serve, args=(theirs, part, name, quick))
-        worker.start()
-        theirs.close()
-        try:
-            ready = pipe.recv()
-        except EOFError:
-            ready = 'it ended'
-        if isinstance(ready, str):
-            print(f'{part}, {name}: left out ({ready})', flush=True)
-            worker.join()
-            continue
-        rows.append((pipe, worker, {'part': part, 'name': name, 'seconds': [],
-                                    **dict(zip(('amount', 'unit', 'precision', 'flops'), ready))}))
+def timed(call, times, setup):
+    """Seconds of a call, a mean over so many."""
+    on_gpu = setup.device.type == 'cuda'
+    if on_gpu:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+    began = time.perf_counter()
+    for _ in range(times):
+        call()
+    took = time.perf_counter() - began
+    if on_gpu:
+        end.record()
+        torch.cuda.synchronize()
+        took = start.elapsed_time(end) / 1000
+    return took / times
+
+
+def measure(part, setup, peers, repeats):
+    """Rows of a part's candidates, which take turns of 0.2 s or of one call."""
+    names = [name for name in part.calls if peers or name == 'ours' or part.amount is None]
+    rows = [row for name in names if (row := prepare(name, part.calls[name]))]
     for _ in range(repeats):
-        for pipe, _, row in rows:
-            pipe.send(True)
-            row['seconds'].append(pipe.recv())
-    for pipe, worker, row in rows:
-        pipe.send(False)
-        row['mib'] = pipe.recv()
-        worker.join()
-    return [row for _, _, row in rows]
+        for row in rows:
+            time.sleep(0.1)                             # threads of the one before go to sleep
+            once = timed(row.call, 1, setup)
+            times = 1 if setup.quick else round(0.2 / once)
+            row.seconds.append(timed(row.call, times, setup) if times > 1 else once)
+    return rows
 
 
-def median(row):
-    return statistics.median(row['seconds'])
-
-
-def table(rows):
-    """The rows as a table. Peers stand beside ours by the median ratio of the times of a turn."""
-    rate = {row['precision']: row['amount'] * 1e9 / median(row) for row in rows if row['part'] in LIMITS}
-    lines = [('part', 'by', 'seconds', 'range', 'a second', 'of', 'of the limit', 'slower than ours', 'MiB')]
-    for row in rows:
-        ours, each = next(r for r in rows if r['part'] == row['part']), median(row)
-        ratio = statistics.median(b / a for a, b in zip(ours['seconds'], row['seconds']))
-        share = row['flops'] / each / rate[row['precision']] if row['precision'] in rate else 0
-        lines.append((row['part'], row['name'], f'{each:.3g}', f'{min(row["seconds"]):.3g}-{max(row["seconds"]):.3g}',
-                      f'{row["amount"] / each:,.0f}', row['unit'],
-                      f'{100 * share:.0f} %' if share and row['part'] not in LIMITS else '',
-                      '' if row is ours else f'{ratio:.1f} x', f'{row["mib"]:,}'))
+def table(measured):
+    """{name: (Part, Rows)} as text; peers stand beside ours by the median ratio of the times of a turn."""
+    limits = {}                                         # FLOPs a second of the fastest routine
+    for amp, name in LIMITS.items():
+        limits[amp] = max(row.flops / statistics.median(row.seconds) for row in measured[name][1])
+    lines = [('part', 'by', 'seconds', 'range', 'a second', 'of', 'of the limit', 'slower than ours')]
+    for name, (part, rows) in measured.items():
+        for row in rows:
+            median = statistics.median(row.seconds)
+            ratio = statistics.median(b / a for a, b in zip(rows[0].seconds, row.seconds))
+            share = row.flops / median / limits[part.amp]
+            is_peer = row is not rows[0] and part.amount
+            lines.append((name, row.name, f'{median:.3g}', f'{min(row.seconds):.3g}-{max(row.seconds):.3g}',
+                          f'{(part.amount or row.flops / 1e9) / median:,.0f}', part.unit,
+                          f'{share:.0%}' if row.flops else '', f'{ratio:.1f} x' if is_peer else ''))
     return report.table(lines)
 
 
-def slopes(rows):
-    """How time grows with size: the exponent of a power, fitted to the logarithms."""
-    times, lines = {row['part']: median(row) for row in rows if row['name'] == 'ours'}, []
-    for what, sizes in SERIES.items():
-        some = [(n, times[part]) for n, part in sorted(sizes.items()) if part in times]
-        if len(some) > 2:
-            power = np.polyfit(*np.log(some).T, 1)[0]
-            lines.append(f'{what}: from {some[0][0]:,} to {some[-1][0]:,} time grows as size^{power:.2f}')
-    return '\n'.join(lines)
-
-
-def compared(rows, old):
-    """Times of ours against those of an older --json file, also with the machine's drift taken out."""
-    def times(rows):
-        return {row['part']: median(row) for row in rows if row['name'] == 'ours'}
-    new, old = times(rows), times(old)
-    drift = statistics.median([new[p] / old[p] for p in LIMITS if p in new and p in old] or [1.0])
-    lines = [('part', 'then', 'now', 'now / then', f'with the machine\'s drift of {drift:.2f} taken out')]
-    lines += [(p, f'{old[p]:.3g}', f'{new[p]:.3g}', f'{new[p] / old[p]:.2f}', f'{new[p] / old[p] / drift:.2f}')
-              for p in new if p in old]
-    return report.table(lines)
-
-
-def processes(most, method, quick):
-    """Pictures a second of a method on 1, 2, 4, ... processes that share this machine's cores."""
-    lines, world = [('processes', 'threads each', 'pictures a second')], 1
-    with tempfile.TemporaryDirectory() as folder:
-        while world <= most:
-            threads = max(1, torch.get_num_threads() // world)
-            command = f'-m torch.distributed.run --standalone --nproc-per-node {world}'.split() + [
-                HERE / 'ssl.py', *f'--method {method} --name {world} --epochs 2 --perplexity 0'.split(), '--limit',
-                '3000' if quick else '12000', '--data', Path(data.find('fashion-mnist')).resolve()]
-            subprocess.run([sys.executable, *command], cwd=folder, check=True, stdout=subprocess.DEVNULL,
-                           env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
-            rows = [json.loads(row) for row in (Path(folder) / 'runs' / str(world) / 'log.jsonl').open()]
-            lines.append((str(world), str(threads), f'{rows[-1]["images_per_s"]:,.0f}'))
-            world *= 2
-    return report.table(lines)
+def machine(where):
+    """Name of the processor, and whether it has AMX; or of the GPU."""
+    if where.type == 'cuda':
+        return f'{torch.cuda.get_device_name(where)} (timings on GPUs have never been tried)'
+    try:
+        info = Path('/proc/cpuinfo').read_text()
+    except OSError:
+        return 'some processor'
+    names = [line.split(': ')[1] for line in info.splitlines() if line.startswith('model name')]
+    return f'{(names or ["some processor"])[0]} {"with" if "amx_bf16" in info else "without"} AMX'
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('words', nargs='*', metavar='WORD', help='only parts that have one of these in their names; the '
-                   'matrix products that shares of the limit need are always measured')
-    p.add_argument('--peers', action='store_true', help='beside torchvision, kornia, lightly, scikit-learn, faiss, '
-                   'scikit-image, torchmetrics and pytorch-msssim, as far as they are installed')
-    p.add_argument('--quick', action='store_true', help='small sizes and one turn: under two minutes, to see it run')
+    p.add_argument('words', nargs='*', metavar='WORD', help='only the limits and the parts with one of these '
+                   'in their names')
+    p.add_argument('--peers', action='store_true', help='beside torchvision, kornia, lightly, torchmetrics, '
+                   'pytorch-msssim, scikit-image, scikit-learn and faiss')
+    p.add_argument('--quick', action='store_true', help='small sizes and one turn, to see it run')
     p.add_argument('--repeats', type=int, default=5, metavar='N', help='turns (default: 5)')
-    p.add_argument('--json', metavar='FILE', help='keep the figures')
-    p.add_argument('--compare', metavar='OLD', help='a file that --json wrote: show what changed')
-    p.add_argument('--processes', type=int, default=0, metavar='N', help='instead: one method on 1, 2, 4, ... N '
-                   'processes under torchrun')
-    p.add_argument('--method', default='simclr', help='of --processes (default: simclr)')
+    p.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
     args = p.parse_args(argv)
-    if args.repeats < 1 or args.processes < 0:
-        p.error('--repeats is a number from 1, --processes one from 0')
-    try:
-        old = json.loads(Path(args.compare).read_text())['rows'] if args.compare else None
-        compared([], old or [])
-        data.load(limit=20)
-    except (OSError, ValueError) as e:
-        p.error(e)
-    except (KeyError, TypeError, statistics.StatisticsError):
-        p.error(f'{args.compare} was not written by --json')
-    if args.processes:
-        try:
-            print(processes(args.processes, args.method, args.quick))
-        except subprocess.CalledProcessError:
-            sys.exit(2)                                                    # ssl.py has said why
-        return
-    rows = []
-    for part, candidates in PARTS.items():
-        if part in LIMITS or not args.words or any(word in part for word in args.words):
-            names = [n for n in candidates if args.peers or n.startswith('ours')]
-            rows += measure(part, names, 1 if args.quick else args.repeats, args.quick)
-    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {1 if args.quick else args.repeats} turns')
-    print(table(rows), slopes(rows), *[compared(rows, old)] if old else [], sep='\n\n')
-    if args.json:
-        Path(args.json).write_text(json.dumps({'torch': torch.__version__, 'threads': torch.get_num_threads(),
-                                               'quick': args.quick, 'rows': rows}))
+    device.limit_threads()
+    device.keep_memory()
+    where = device.pick_device(args.device)
+    setup, repeats = Setup(where, device.amp_by_default(where), args.quick), 1 if args.quick else args.repeats
+    measured = {}
+    for name, make in PARTS.items():
+        if name in LIMITS.values() or not args.words or any(word in name for word in args.words):
+            with contextlib.redirect_stdout(io.StringIO()):             # what training says
+                part = make(setup)
+                measured[name] = part, measure(part, setup, args.peers, repeats)
+    print(f'{machine(where)}; torch {torch.__version__}, {torch.get_num_threads()} threads, {repeats} turns\n\n'
+          f'{table(measured)}')
 
 
 if __name__ == '__main__':

@@ -111,7 +111,7 @@ class Dataset:
         return sha.hexdigest()
 
     def row_names(self):
-        """('file', their names) or ('id', 0, 1, ...) of the training images, for the tables that name them."""
+        """('file', their names) or ('id', 0, 1, ...) of the training images, for tables that name them."""
         return ('file', self.names_train) if self.names_train else ('id', range(len(self.x_train)))
 
     def labelled(self, ids=None):

@@ -131,7 +131,8 @@ def estimate_of(metrics):
 
 def measures(metrics):
     """metrics.json as rows (name, value, convention)."""
-    rows, known = [], {'audits': 'under a dozen', 'predictor': predictor(metrics), **metrics}
+    rows = []
+    known = {'audits': 'under a dozen', 'predictor': predictor(metrics), **metrics}
     for key, name, form, _, convention in MEASURES:
         if key == 'estimate' and metrics['method'] == 'query':
             rows.append((name, estimate_of([metrics]), convention.format(**known)))
@@ -165,7 +166,7 @@ def table(lines):
 # --------------------------------------------------------------------------------------- many runs
 
 def read_runs(folders):
-    """([(folder, config, metrics)], a sentence for each folder that can't be read); unfinished: no metrics.
+    """([(folder, config, numbers in metrics.json)], a sentence for each folder that can't be read).
 
     ValueError if none can be read.
     """
@@ -174,7 +175,9 @@ def read_runs(folders):
         path = folder / 'metrics.json'
         try:
             config = runs.read_config(folder)
-            found.append((folder, config, runs.read_json(path) if path.exists() else {}))
+            metrics = runs.read_json(path) if path.exists() else {}
+            numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+            found.append((folder, config, numbers))
         except (ValueError, OSError) as e:
             errors.append(str(e))
     if errors and not found:
@@ -190,12 +193,13 @@ def setting(config, *but):
     """What runs that differ only by seed, or in the flags `but`, have in common, as text."""
     ignored = runs.NOT_IN_IDENTITY | {'seed', *but}
     kept = [(key, value) for key, value in sorted(config['args'].items()) if key not in ignored]
-    return without_seed(repr(kept))                                     # the name of an encoder holds one too
+    return without_seed(repr([config['data']['digest'], kept]))         # an encoder's name holds one too
 
 
 def by_setting(found):
     """The runs in groups of those that differ only by seed; the same seed twice is no spread."""
-    groups, seen = {}, Counter()
+    groups = {}
+    seen = Counter()
     for run in found:
         key, seed = setting(run[1]), run[1]['args']['seed']
         groups.setdefault((key, seen[key, seed]), []).append(run)
@@ -243,10 +247,11 @@ def cell(done, key, form):
 def write_comparison(path, folders):
     """One page about many runs: the table of compare(), accuracy against labels, validation losses."""
     found, errors = read_runs(folders)
-    losses, links = {}, []
+    losses = {}
     for folder, config, _ in found:
         curve = [(row['epoch'], row.get('val_loss')) for row in runs.read_log(folder)]
         losses.setdefault(config['args']['method'], {})[folder.name] = curve
+    links = []
     for group in by_setting(found):
         links.append([])
         for folder, config, _ in group:
@@ -290,7 +295,8 @@ def write_report(folder, config, metrics, shown):
     shown: what was measured, from evaluate.measure, measure_classifier or measure_clusters; of runs that paid
     for labels also 'asked': (images, rows of LabelDatabase.history(), LabelDatabase.rounds()).
     """
-    classes, seed = config['data']['classes'], config['args']['seed']
+    classes = config['data']['classes']
+    seed = config['args']['seed']
     content = {
         'title': folder.name,
         'config': config,
@@ -339,9 +345,10 @@ def feature_maps(shown, classes, seed, most=2000):
     """The features of at most `most` images in two dimensions, by PCA and t-SNE, with their classes, or else
     those that were predicted."""
     ids = features.sample(len(shown['h']), most, seed)
-    h, maps = shown['h'].cpu()[ids].float(), {}
+    h = shown['h'].cpu()[ids].float()
     if len(h) < 4 or not h.isfinite().all():
         return None
+    maps = {}
     if 'y' in shown:
         maps = {'by': 'class', 'kinds': shown['y'].cpu()[ids].tolist()}
     elif 'probs' in shown:
@@ -373,7 +380,8 @@ def most_wrong(shown, classes, n=24):
 
 def clusters(shown, classes, seed, n=8):
     """Of each cluster its size, the class it is matched to, and members drawn at random."""
-    found, mapping = [], shown.get('mapping', {})
+    found = []
+    mapping = shown.get('mapping', {})
     for k in range(min(30, len(shown['centres']))):
         members = (shown['clusters'].cpu() == k).nonzero().flatten()
         ids = members[features.sample(len(members), n, seed, 'members', k)]
@@ -405,7 +413,8 @@ def paid_labels(x, rows, rounds, classes, n=24):
 def finish(run, ds, metrics, shown, began):
     """Write report.html, TensorBoard's files if they are asked for, then metrics.json, which makes the run a
     finished one; say what it holds and where to look. began: time.monotonic() when measuring began."""
-    args, rows = run.config['args'], runs.trained(runs.read_log(run.folder))
+    args = run.config['args']
+    rows = runs.trained(runs.read_log(run.folder))
     last = rows[-1] if rows else {'epoch': None, 'seconds': 0.0}        # nothing was trained
     metrics.update(
         method=args['method'],

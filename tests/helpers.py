@@ -115,10 +115,15 @@ def write_npz(path, **contents):
 
 def run(*words, cwd=None):
     """(exit code, stdout, stderr) of ssl.py with these words, run in this process in the folder cwd."""
+    import cluster
     import features
     out, err, code = io.StringIO(), io.StringIO(), None
-    quick = functools.partial(features.tsne, steps=8)         # it has tests of its own
-    with inside(cwd or home()), mock.patch.object(features, 'tsne', quick):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(inside(cwd or home()))
+        stack.enter_context(mock.patch.object(cluster, 'HEADS', 6))
+        for module, name, steps in (features, 'tsne', 8), (cluster, 'scan_heads', 200):
+            quick = functools.partial(getattr(module, name), steps=steps)      # they have tests of their own
+            stack.enter_context(mock.patch.object(module, name, quick))
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 code = cli().main([str(word) for word in words])
@@ -139,8 +144,10 @@ def refused(*words, cwd=None, said=()):
 def tiny(method, *more):
     """Flags of a run of a few steps on tiny.npz, named after its method; `more` overrides."""
     flags = ['--method', method, '--data', 'tiny.npz', '--name', method]
+    if method not in ('pixels', 'pca'):
+        flags += ['--no-amp']
     if method not in ('pixels', 'pca', 'scan'):
-        flags += ['--no-amp', '--width', 0.1]
+        flags += ['--width', 0.1]
     if method in ('ae', 'conv', 'vae', 'pca'):
         flags += ['--latent', 4]
     if method in UNLABELLED:
@@ -201,7 +208,7 @@ def python(*words, cwd=HERE, stdin=None, stdout=subprocess.PIPE, **env):
     """A started process: this Python with these words, in a folder."""
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '', **env}
     return subprocess.Popen([sys.executable, *map(str, words)], cwd=cwd, text=True, stdin=stdin,
-                            stdout=stdout, stderr=subprocess.PIPE, env=env)
+                            stdout=stdout, stderr=subprocess.PIPE, env=env, errors='replace')
 
 
 def logged(run_folder):

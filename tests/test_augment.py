@@ -25,10 +25,11 @@ def test_views_keep_shape_and_range_and_repeat_by_generator():
     for C, H, W in (1, 28, 28), (3, 9, 13), (1, 8, 8), (3, 33, 19):
         x = rand(6, C, H, W)
         kept = x.clone()
-        views = augment.augment(x, ALL_ON, seeded(1))
-        assert views.shape == x.shape and 0 <= views.min() and views.max() <= 1 and torch.equal(x, kept)
-        assert torch.equal(views, augment.augment(x, ALL_ON, seeded(1)))
-        assert not torch.equal(views, augment.augment(x, ALL_ON, seeded(2)))
+        for strength in ALL_ON, Views():
+            views = augment.augment(x, strength, seeded(1))
+            assert views.shape == x.shape and 0 <= views.min() and views.max() <= 1 and torch.equal(x, kept)
+            assert torch.equal(views, augment.augment(x, strength, seeded(1)))
+            assert not torch.equal(views, augment.augment(x, strength, seeded(2)))
         assert torch.equal(augment.augment(x, ALL_OFF, seeded(1)), x)
 
 
@@ -101,8 +102,11 @@ def test_colour_jitter_parts_by_their_formulas():
     assert close(augment.contrast(x, 0.4, seeded()), mean + (x - mean) * f)
     assert close(augment.saturation(x, 0.4, seeded()), luma + (x - luma) * f)
     turned = augment.hue(x, 0.4, seeded())
-    assert close((turned * LUMA).sum(1, keepdim=True), luma) and (turned - x).abs().max() > 0.05
-    assert close(augment.hue(x, 0, seeded()), x)
+    yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    angle = (torch.rand(4, 1, generator=seeded()) * 2 - 1) * 0.1 * 2 * math.pi          # a tenth of a circle
+    (y, i, q), (y_turned, i_turned, q_turned) = (torch.einsum('kc,nchw->knhw', yiq, v) for v in (x, turned))
+    wanted = torch.complex(i, q) * torch.polar(torch.ones(4, 1), angle)[:, :, None]
+    assert close(y_turned, y) and close(i_turned, wanted.real) and close(q_turned, wanted.imag)
     grey = x[:, :1].expand(-1, 3, -1, -1)
     assert close(augment.hue(grey, 0.4, seeded()), grey, 2e-3)            # YIQ rows sum to 0 to 3 digits
 

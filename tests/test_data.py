@@ -1,5 +1,6 @@
 import contextlib
 import gzip
+import hashlib
 import io
 import itertools
 import math
@@ -156,7 +157,7 @@ def test_the_line_of_python_in_a_refusal_mends_the_array():
     x, y = images(30, H=10, W=12, C=3)
     sizes = dict(N=30, H=10, W=12, C=3)
     rgba = np.concatenate([x, x[..., :1]], 3)
-    for wrong, exact in ((x.astype(int), True), (x / 1.0, True), (x - 300.0, False), (x / 127.5 - 1, False),
+    for wrong, exact in ((x.astype(int), True), (x / 1.0, True), (x * 2.0, False), (x / 127.5 - 1, False),
                          (x.reshape(30, -1), True), (rgba, True), (x[..., :2], False), (x[:, :4], False)):
         mended = eval(refusal(data.to_images, 'x_train', wrong), {'x': wrong, **sizes})
         tensor = data.to_images('x_train', mended)
@@ -187,11 +188,14 @@ def test_idx_folders_and_npz_are_the_same_images_channels_first():
         assert same(a, b) and first.digest != a.digest and not said.getvalue()
         assert a.name == 'a' and a.shape == (C, 10, 12)
         assert a.classes == ['0', '1', '2'] and a.ids == [0, 1, 2]
+        sha = hashlib.sha256()
         for key in 'x_train', 'x_test':
             x = kept[key].reshape(-1, 10, 12, C)
             for place in np.ndindex(x.shape):
                 n, h, w, c = place
                 assert getattr(a, key)[n, c, h, w] == x[place]
+            sha.update(str((len(x), C, 10, 12)).encode() + x.transpose(0, 3, 1, 2).tobytes())
+        assert a.digest == sha.hexdigest()
         assert a.y_test.tolist() == kept['y_test'].tolist() and a.y_train.dtype == torch.int64
         assert bare.y_train is bare.x_test is bare.y_test is None and bare.classes == bare.ids == []
         assert torch.equal(first.x_train, a.x_train[:21]) and len(first.y_train) == 21
@@ -200,20 +204,21 @@ def test_idx_folders_and_npz_are_the_same_images_channels_first():
 def test_arrays_as_they_are_published_are_read_with_a_line_that_says_how():
     for C, kind in (1, np.float16), (3, np.float64):
         good = arrays(22, 6, C=C)
-        medmnist = {'val_images': np.zeros(3)}
+        medmnist = {}
         nchw, columns, floats = dict(good), dict(good), dict(good)
         for part in 'train', 'test':
             x, y = f'x_{part}', f'y_{part}'
             medmnist.update({f'{part}_images': good[x], f'{part}_labels': good[y]})
             nchw[x] = np.moveaxis(good[x].reshape(-1, 10, 12, C), 3, 1)
             columns[y] = good[y][:, None]
-            floats[x] = (good[x] / 255).astype(kind)
+            floats[x] = (good[x] / 255 - 0.001).clip(0).astype(kind)
         with folder() as f:
             write_npz(f / 'good.npz', **good)
             plain = data.load(f / 'good.npz')
             for contents, said in ((nchw, 'x_train: read as (N, C, H, W)'), (columns, 'y_test: read as (N,)'),
                                    (floats, 'x_test: read as floats from 0 to 1'),
-                                   (medmnist, 'read train_images, train_labels, test_images, test_labels')):
+                                   (medmnist, 'read train_images, train_labels, test_images, test_labels'),
+                                   ({**good, 'val_images': np.zeros(3)}, 'y_test, val_images')):
                 write_npz(f / 'other.npz', **contents)
                 with notes() as line:
                     assert same(data.load(f / 'other.npz'), plain), said
@@ -257,7 +262,7 @@ def test_a_class_name_is_a_line_compared_in_nfc_of_printable_or_joining_characte
     for name in 'golf ball', 'T-shirt', 'café', '中文', persian, family, 'क्\u200dष':
         assert data.class_name(f' {name}\n') == unicodedata.normalize('NFC', name)
     assert data.class_name('cafe\u0301') == data.class_name('caf\u00e9')
-    for wrong in '', '  ', '\u200d', 'a\nb', 'a\0', 'a\u202eb', '\ufeffa', '\ud800':
+    for wrong in '', '  ', '\u200c\u200d', 'a\nb', 'a\0', 'a\u202eb', '\ufeffa', '\ud800':
         with raises(ValueError, 'class name'):
             data.class_name(wrong)
     with folder() as f:
@@ -406,6 +411,7 @@ def test_folders_of_images_are_read_with_or_without_classes_and_a_test_set():
             names_train = [f'{top}/{name}'.strip('/') for name in names]
             names_test = [f'{test}/bee/a.png', f'{test}/cow/b.png'] if test else None
             write_images(f, names_train + (names_test or []))
+            write_images(f, ['val/cow/c.png'] if top and test == 'test' else [])
             (f / 'notes.txt').write_text('no image')
             (f / '._00.png').write_text('hidden')
             ds = data.load(f)
@@ -417,6 +423,7 @@ def test_folders_of_images_are_read_with_or_without_classes_and_a_test_set():
             assert ds.y_train is None
         assert not test or [ds.classes[k] for k in ds.y_test] == ['bee', 'cow']
         assert f'24 images to train on, {2 if test else 0} to test, {len(ds.classes)} ' in said.getvalue()
+        assert 'left out' not in said.getvalue()
 
 
 def test_images_are_resized_by_their_shorter_side_and_the_centre_is_cut_out():

@@ -89,7 +89,8 @@ def test_a_network_in_bfloat16_learns_what_plain_convolutions_would():
         torch.manual_seed(0)
         for p in model.parameters():
             torch.nn.init.normal_(p, 0, 0.1) if p.ndim > 1 else torch.nn.init.ones_(p)
-        with autocast(x.device, True), mock.patch.object(nets, 'side_by_side', wraps=nets.side_by_side) as laid:
+        laid = mock.Mock(wraps=nets.side_by_side)
+        with autocast(x.device, True), mock.patch.object(nets, 'side_by_side', laid):
             losses.nt_xent(*model(x).chunk(2), 0.2).backward()
         assert laid.call_count == 12 * narrow                 # six of nine convolutions, twice each
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))

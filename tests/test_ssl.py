@@ -159,7 +159,7 @@ OTHER = {                                                     # values of flags 
     'neighbours_from': 0, 'neighbours': 3, 'crop': 0.9, 'rotate': 90, 'jitter': 0, 'blur': 1, 'cutout': 0.5,
     'flip': '--no-flip', 'amp': '--amp', 'freeze': '--freeze', 'labels': 12, 'pick': 'random', 'mixup': 1, 'seed': 1,
     'limit': 30}
-BY_METHOD = {('classify', 'pick'): 'coverage', ('classify', 'batch_size'): 2500, ('ae', 'net'): 'resnet',
+BY_METHOD = {('classify', 'pick'): 'coverage', ('ae', 'net'): 'resnet',
              ('cluster', 'neighbours'): None,                 # it judges iterations and trains nothing
              ('simclr', 'neighbours'): ['--neighbours-from', 0, '--neighbours', 3]}
 ELSEWHERE = {'method', 'evaluate', 'compare', 'list', 'export', 'predict', 'show_views', 'search', 'over', 'data', 'size',
@@ -169,13 +169,13 @@ ELSEWHERE = {'method', 'evaluate', 'compare', 'list', 'export', 'predict', 'show
 
 def test_every_training_flag_changes_what_is_trained():
     assert set(OTHER) | ELSEWHERE == set(flags()), 'a flag without a test'
-    with folder() as cwd, mock.patch('report.finish', lambda *_: None):
-        x, y = images(45, 8, 8)
+    with folder() as cwd, mock.patch('report.finish', lambda *_: None), mock.patch('query.LEAST_EPOCH', 60):
+        x, y = images(45)
         write_npz(cwd / 'small.npz', x_train=x, y_train=y)
 
         def trained(method, *more):
-            batch = [] if method == 'scan' else ['--batch-size', 3000 if method == 'classify' else 14]
-            once = ['--epochs', 1] if method in takers('epochs') else []
+            batch = [] if method == 'scan' else ['--batch-size', 14]
+            once = ['--epochs', 3 if method == 'classify' else 1] if method in takers('epochs') else []
             decay = ['--decay-epochs', 0] if method in takers('decay_epochs') else []
             code, _, err = run(*tiny(method), '--data', 'small.npz', *once, *decay, *batch, '--overwrite', *more, cwd=cwd)
             assert code == 0, err

@@ -199,6 +199,7 @@ def test_real_processes_killed_or_stopped_are_resumed_and_guarded_while_alive():
             if method == 'simclr':
                 refused(*tiny(method), '--resume', cwd=cwd, said=['in use by another process'])
             process.send_signal(ends[method][0])
+        for method, process in processes.items():
             out, err = process.communicate(timeout=60)
             assert process.returncode == ends[method][1] and not err, (method, process.returncode, err)
             assert process.returncode < 0 or '--resume to continue' in out
@@ -237,7 +238,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_the_last_good_check
         write_npz(cwd / 'tiny.npz')
         for method in TRAINED:
             with mock.patch.object(train.Trainer, '_backward', exploding), mock.patch.object(train, 'SAVE_EVERY', 0):
-                refused(*tiny(method), cwd=cwd, said=['the loss is not finite at epoch 2, step 0', 'lower --lr'])
+                refused(*tiny(method), cwd=cwd, said=['the loss is not finite at epoch 2, step 1', 'lower --lr'])
             assert all(np.isfinite(v).all() for v in weights(cwd / 'runs' / method).values() if isinstance(v, float))
             assert run(*tiny(method), '--resume', cwd=cwd)[0] == 0
             assert_same_run(cwd / 'runs' / method, finished(method))
