@@ -103,7 +103,8 @@ def network(setup, args):
 
 def epoch(setup, method, n):
     """One epoch of a method, as train.py does it."""
-    args, x = arguments(setup, method), data.Images(images(setup.size(n)), setup.device)
+    args, few = arguments(setup, method), images(setup.size(n))
+    x = data.Images(few, setup.device)
     model, follow = network(setup, args), None
     if method == 'query':
         labelled = x.at(torch.arange(500)), torch.arange(500, device=setup.device) % 10
@@ -116,44 +117,28 @@ def epoch(setup, method, n):
     def ours():
         trainer.fit(objective, x, last=trainer.epoch, of=1000, after_step=follow)
     calls = {'ours': ours}
-    if method in ('ae', 'simclr'):                      # workers make ae slower
-        workers = 0 if method == 'ae' else 2
-        calls['torchvision'] = partial(loader_epoch, setup, args, network(setup, args), x.at, len(x), workers)
+    if method == 'simclr':
+        calls['torchvision'] = partial(loader_epoch, setup, network(setup, args), few)
     return Part(len(x), 'images', calls, args.amp)
 
 
-class Transformed(torch.utils.data.Dataset):
-    """Images one by one, as they are usually loaded: a list of one view or two."""
-
-    def __init__(self, x, method):
-        from torchvision import transforms
-        plain = transforms.Compose([transforms.ToPILImage(), transforms.ToTensor()])
-        self.x, self.views = x, [torchvision_view()] * 2 if method == 'simclr' else [plain]
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, i):
-        return [view(self.x[i]) for view in self.views]
-
-
-def torchvision_view():
-    """SimCLR's view of one image, as torchvision's users write it."""
+def torchvision_views(x, ids):
+    """Two random views of each of the images, one by one, as torchvision's users make them."""
     from torchvision import transforms as t
-    return t.Compose([t.ToPILImage(), t.RandomResizedCrop(28, (0.3, 1)), t.RandomHorizontalFlip(),
+    view = t.Compose([t.ToPILImage(), t.RandomResizedCrop(28, (0.3, 1)), t.RandomHorizontalFlip(),
                       t.RandomRotation(10), t.ColorJitter(0.4, 0.4), t.ToTensor()])
+    return torch.stack([view(x[i]) for i in (*ids, *ids)])
 
 
-def loader_epoch(setup, args, model, x, workers):
-    """An epoch as it is usually written: a DataLoader, Adam, the same network in the same precision."""
-    loader = torch.utils.data.DataLoader(Transformed(x, args.method), args.batch_size, shuffle=True,
-                                         num_workers=workers, drop_last=True)
+def loader_epoch(setup, model, x):
+    """An epoch of simclr as it is usually written: a DataLoader, Adam, the same network and precision."""
+    loader = torch.utils.data.DataLoader(range(len(x)), 512, shuffle=True, num_workers=2, drop_last=True,
+                                         collate_fn=partial(torchvision_views, x))
     opt = torch.optim.Adam(model.parameters(), 1e-3)
     for views in loader:
-        x = torch.cat(views).to(setup.device)
-        with device.autocast(setup.device, args.amp):
-            out = model(x)
-            loss = textbook_nt_xent(*out.float().chunk(2)) if args.method == 'simclr' else F.mse_loss(out, x)
+        with device.autocast(setup.device, setup.amp):
+            z1, z2 = model(views.to(setup.device)).float().chunk(2)
+            loss = textbook_nt_xent(z1, z2)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -162,21 +147,18 @@ def loader_epoch(setup, args, model, x, workers):
 # ------------------------------------------------------------------------------------- parts of them
 
 def two_views(setup):
-    x = data.to_float(images(512).to(setup.device)).repeat(2, 1, 1, 1)
+    x = images(512)
+    pairs = data.to_float(x.to(setup.device)).repeat(2, 1, 1, 1)
     views, g = pretrain.views_of(arguments(setup, 'simclr')), device.generator(setup.device, 0)
-
-    def torchvision():
-        view = torchvision_view()
-        return [view(one) for one in x.cpu()]
 
     def kornia():
         import kornia.augmentation as k
-        return k.AugmentationSequential(
+        k.AugmentationSequential(
             k.RandomResizedCrop((28, 28), (0.3, 1), p=1.0), k.RandomHorizontalFlip(),
             k.RandomRotation(10.0, p=1.0), k.RandomBrightness((0.6, 1.4), p=1.0),
-            k.RandomContrast((0.6, 1.4), p=1.0))(x)
-    return Part(512, 'images', {'ours': lambda: augment.augment(x, views, g), 'torchvision': torchvision,
-                                'kornia': kornia})
+            k.RandomContrast((0.6, 1.4), p=1.0))(pairs)
+    return Part(512, 'images', {'ours': lambda: augment.augment(pairs, views, g), 'kornia': kornia,
+                                'torchvision': lambda: torchvision_views(x, range(512))})
 
 
 def textbook_nt_xent(z1, z2, tau=0.2):
@@ -199,10 +181,6 @@ def ssim(setup):
     x = data.to_float(images(setup.size(10000)).to(setup.device))
     y = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
 
-    def torchmetrics():
-        from torchmetrics.functional.image import structural_similarity_index_measure
-        structural_similarity_index_measure(x, y, data_range=1.0, reduction='none')
-
     def pytorch_msssim():
         from pytorch_msssim import ssim
         ssim(x, y, data_range=1.0, size_average=False)
@@ -214,7 +192,7 @@ def ssim(setup):
                                   use_sample_covariance=False)
     return Part(len(x), 'pairs', {
         'ours': lambda: [evaluate.ssim(a, b) for a, b in zip(x.split(1000), y.split(1000))],
-        'torchmetrics': torchmetrics, 'pytorch-msssim': pytorch_msssim, 'scikit-image': skimage})
+        'pytorch-msssim': pytorch_msssim, 'scikit-image': skimage})
 
 
 def like_features(n, setup):
@@ -341,23 +319,11 @@ def table(measured):
     return report.table(lines)
 
 
-def machine(where):
-    """Name of the processor, and whether it has AMX; or of the GPU."""
-    if where.type == 'cuda':
-        return f'{torch.cuda.get_device_name(where)} (timings on GPUs have never been tried)'
-    try:
-        info = Path('/proc/cpuinfo').read_text()
-    except OSError:
-        return 'some processor'
-    names = [line.split(': ')[1] for line in info.splitlines() if line.startswith('model name')]
-    return f'{(names or ["some processor"])[0]} {"with" if "amx_bf16" in info else "without"} AMX'
-
-
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('words', nargs='*', metavar='WORD', help='only the limits and the parts with one of these '
                    'in their names')
-    p.add_argument('--peers', action='store_true', help='beside torchvision, kornia, lightly, torchmetrics, '
+    p.add_argument('--peers', action='store_true', help='beside torchvision, kornia, lightly, '
                    'pytorch-msssim, scikit-image, scikit-learn and faiss')
     p.add_argument('--quick', action='store_true', help='small sizes and one turn, to see it run')
     p.add_argument('--repeats', type=int, default=5, metavar='N', help='turns (default: 5)')
@@ -370,11 +336,15 @@ def main(argv=None):
     measured = {}
     for name, make in PARTS.items():
         if name in LIMITS.values() or not args.words or any(word in name for word in args.words):
-            with contextlib.redirect_stdout(io.StringIO()):             # what training says
-                part = make(setup)
-                measured[name] = part, measure(part, setup, args.peers, repeats)
-    print(f'{machine(where)}; torch {torch.__version__}, {torch.get_num_threads()} threads, {repeats} turns\n\n'
-          f'{table(measured)}')
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):         # what training says
+                    part = make(setup)
+                    measured[name] = part, measure(part, setup, args.peers, repeats)
+            except OSError as e:                        # no images, and no network to download them
+                print(f'left out: {name} ({e})', file=sys.stderr)
+    on = 'a GPU, which has never been tried' if where.type == 'cuda' else f'{torch.get_num_threads()} threads'
+    print(f'torch {torch.__version__} on {on}, {repeats} turns, networks in '
+          f'{"bfloat16" if setup.amp else "float32"}\n\n{table(measured)}')
 
 
 if __name__ == '__main__':

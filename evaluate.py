@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from device import generator, progress
 from features import effective_rank, in_chunks, knn, sample
 
-CHUNK = 1 << 23                                     # floats in the largest temporary matrix (32 MiB)
+CHUNK = 1 << 20                                     # floats in the largest temporary matrix: they stay in a cache
 
 
 # ------------------------------------------------------------------------------------ image quality
@@ -77,17 +77,27 @@ def reconstruction(reconstruct, x, ids=None, device=None):
 # ------------------------------------------------------------------------------------------ k-means
 
 def nearest(x, centres):
-    """(index of the nearest centre, squared distance to it) for each row of x (N, D): int64 and float32 (N,)."""
+    """(index of the nearest centre, squared distance to it) of each row of x (N, D): int64 and float32 (N,)."""
     origin = centres.mean(0)                        # far from 0 the squares would lose their digits
-    centres = centres - origin
+    x = x.float() - origin
+    return _assign(x, _squares(x), centres - origin)
+
+
+def _squares(x):
+    return torch.linalg.vector_norm(x, dim=1).square()
+
+
+def _assign(x, squares, centres):
+    """As `nearest`, for x that lies around 0; squares (N,) are its rows' squared lengths."""
+    size = max(1, CHUNK // len(centres))
+    buffer = x.new_empty(min(size, len(x)), len(centres))                  # new memory would cost a page fault a page
     lengths = centres.square().sum(1)
-    index, dist = [], []
-    for part in x.split(max(1, CHUNK // max(centres.shape))):
-        part = part - origin
-        d, i = torch.addmm(lengths, part, centres.T, alpha=-2).min(1)
-        index.append(i)
-        dist.append((d + part.square().sum(1)).clamp(min=0))
-    return torch.cat(index), torch.cat(dist)
+    found = []
+    for part in x.split(size):
+        d = torch.addmm(lengths, part, centres.T, alpha=-2, out=buffer[:len(part)])
+        found.append(d.min(1))
+    dist, index = map(torch.cat, zip(*found))
+    return index, (dist + squares).clamp(min=0)
 
 
 def kmeans(x, k, restarts=10, iterations=100, tol=1e-4, seed=0, centres=None):
@@ -99,49 +109,56 @@ def kmeans(x, k, restarts=10, iterations=100, tol=1e-4, seed=0, centres=None):
     """
     if not 1 <= k <= len(x):
         raise ValueError(f'k-means was asked for {k} clusters of {len(x)} points')
-    x = x.float()
-    limit = tol * x.var(0, correction=0).mean()
+    origin = x.float().mean(0)                      # far from 0 the squares would lose their digits
+    x = x.float() - origin
+    squares = _squares(x)
+    limit = tol * squares.mean() / x.shape[1]
     restarts = 1 if centres is not None else restarts
     best = None
     update = progress('k-means, sooner if it settles', restarts * iterations)
     for r in range(restarts):
-        g = generator(x.device, seed, 'kmeans', r)
-        c = centres.to(x) if centres is not None else _kmeans_plus_plus(x, k, g)
+        if centres is not None:
+            c = centres.to(x) - origin
+        else:
+            c = _kmeans_plus_plus(x, squares, k, generator(x.device, seed, 'kmeans', r))
         for i in range(iterations):
             update(r * iterations + i)
             old = c
-            c = _centroids(x, *nearest(x, c), k)
+            c = _new_centres(x, *_assign(x, squares, c), k)
             if (c - old).square().sum() <= limit:
                 break
-        index, dist = nearest(x, c)
+        index, dist = _assign(x, squares, c)
         inertia = dist.sum().item()
         if best is None or inertia < best[2]:
-            best = index, c, inertia
+            best = index, c + origin, inertia
     update(restarts * iterations)
     return best
 
 
-def _kmeans_plus_plus(x, k, g):
+def _kmeans_plus_plus(x, squares, k, g):
     """k rows of x, each drawn with probability proportional to its squared distance from those before."""
     picked = [torch.randint(len(x), (1,), generator=g, device=x.device)]
-    dist = x.new_full((len(x),), torch.inf)
+    dist = torch.full_like(squares, torch.inf)
     for _ in range(k - 1):
-        dist = torch.minimum(dist, nearest(x, x[picked[-1]])[1])
+        dist = torch.minimum(dist, _assign(x, squares, x[picked[-1]])[1])
         total = dist.cpu().double().cumsum(0)                              # CUDA adds these up in any order
         draw = torch.rand(1, generator=g, device=x.device).cpu() * total[-1]
         picked.append(torch.searchsorted(total, draw).clamp(max=len(x) - 1).to(x.device))
     return x[torch.cat(picked)]
 
 
-def _centroids(x, index, dist, k):
-    """Mean of each cluster; an empty one takes the farthest point, each a different one."""
+def _means(x, index, k):
+    """(mean (k, D) of the rows of each cluster, 0 if it has none, number of its rows (k,))."""
     count = torch.bincount(index, minlength=k)
-    total = torch.zeros(k, x.shape[1], device=x.device)
-    total.index_add_(0, index, x)
-    centres = total / count.clamp(min=1).unsqueeze(1)
+    starts = count.cumsum(0) - count
+    return F.embedding_bag(index.argsort(), x, starts, mode='mean'), count
+
+
+def _new_centres(x, index, dist, k):
+    """Mean of each cluster; an empty one takes the farthest point, each a different one."""
+    centres, count = _means(x, index, k)
     empty = (count == 0).nonzero().flatten()
-    if len(empty):
-        centres[empty] = x[dist.topk(len(empty)).indices]
+    centres[empty] = x[dist.topk(len(empty)).indices]
     return centres
 
 

@@ -423,7 +423,7 @@ def build(method, net, shape, width=1.0, latent=None, recon=False):
     if method == 'conv':
         return Autoencoder(Encoder(net, shape, width, latent), ConvDecoder(latent, shape, width))
     encoder = Encoder(net, shape, width, latent, standardise=bool(latent))
-    return SimCLR(encoder, ConvDecoder(encoder.dim, shape, width / 2) if recon else None)
+    return SimCLR(encoder, ConvDecoder(encoder.dim, shape, width) if recon else None)
 
 
 def size(model):

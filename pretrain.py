@@ -20,7 +20,8 @@ import runs
 import train
 from device import generator
 
-VALIDATION = 5000                                       # training images kept for validation, a tenth at most
+VALIDATION = 5000                       # training images kept for validation, a tenth at most
+SEARCH_EVERY = 3                        # epochs after which simclr finds the neighbours anew
 
 
 # --------------------------------------------------------------------------------------- objectives
@@ -62,8 +63,7 @@ def contrastive(model, x, g, temperature=0.2, views=None, recon=0.0, other=None)
 
 def with_neighbours(model, x, near, g, images, objective):
     """`objective` of each image and one of its neighbours, drawn from near (B, k): the positives of NNCLR
-    (arXiv 2104.14548), found by the network as it was at the beginning of the epoch. images: function from
-    ids (B,) to uint8 images."""
+    (arXiv 2104.14548). images: function from ids (B,) to uint8 images."""
     pick = torch.randint(near.shape[1], (len(x), 1), generator=g, device=x.device)
     return objective(model, x, g, other=data.to_float(images(near.gather(1, pick).squeeze(1))))
 
@@ -105,26 +105,25 @@ def learn(run, args, ds, device):
     x, x_val = data.Images(ds.x_train, device, train_ids), ds.x_train[val_ids].to(device)
     validate = partial(train.validate, model, objective, x_val, args.batch_size, args.seed, args.amp)
     trainer = train.start(run, args, model, x)
-    alone = args.epochs                                 # epochs in which both views are of one image
-    if getattr(args, 'neighbours_from', 1) < 1:
-        alone = round(args.neighbours_from * args.epochs)
+    alone = round(getattr(args, 'neighbours_from', 1) * args.epochs)    # epochs without neighbours
     trainer.fit(objective, x, last=alone, of=args.epochs, check=validate)
-    for epoch in range(max(alone + 1, trainer.epoch), args.epochs + 1):
-        near = own_neighbours(trainer, run, ds, train_ids, args.neighbours)
-        trainer.fit(partial(with_neighbours, images=x.at, objective=objective), x, last=epoch, of=args.epochs,
-                    y=near, check=validate)
+    for first in range(alone + 1, args.epochs + 1, SEARCH_EVERY):
+        last = min(first + SEARCH_EVERY - 1, args.epochs)
+        if trainer.epoch > last:                                        # a resumed run has been here
+            continue
+        if trainer.epoch == first and trainer.step == 0:                # else it has found them
+            find_neighbours(trainer, run, ds, train_ids, args.neighbours)
+        trainer.fit(partial(with_neighbours, images=x.at, objective=objective), x, last=last, of=args.epochs,
+                    y=trainer.kept['neighbours'].to(device), check=validate)
     return model
 
 
-def own_neighbours(trainer, run, ds, ids, k):
-    """Places (N, k) of the nearest of the images `ids`, in the features of the network as it was when this
-    epoch began; they are kept with the state, so that a resumed epoch has the same."""
-    if trainer.step == 0:
-        network = runs.Network(run.config, trainer.model, trainer.device)
-        h = network.encode(ds.x_train, ids)
-        near = features.neighbours(h - h.mean(0), min(k, len(h) - 1))
-        trainer.kept['neighbours'] = distributed.from_first(near.cpu())
-    return trainer.kept['neighbours'].to(trainer.device)
+def find_neighbours(trainer, run, ds, ids, k):
+    """Keep with the state the places (N, k) of the nearest of the images `ids`, in the features of the
+    network as it is now: a run that is resumed later has the same."""
+    h = runs.Network(run.config, trainer.model, trainer.device).encode(ds.x_train, ids)
+    near = features.neighbours(h - h.mean(0), min(k, len(h) - 1))
+    trainer.kept['neighbours'] = distributed.from_first(near.cpu())
 
 
 def validation_score(run, args, ds, model, device):

@@ -291,14 +291,23 @@ class Run:
         return {**old, 'args': {**new['args'], **kept}}
 
     def _clear(self):
-        """Delete what an earlier run left; its labels, if it has any, are put aside under a number."""
-        labels, number = self.folder / 'labels.sqlite', 1
-        while labels.exists() and (self.folder / f'labels.{number}.sqlite').exists():
+        """Delete what an earlier run left. Labels that a person gave are put aside under a number."""
+        try:
+            from_data = read_config(self.folder)['args'].get('oracle') == 'data'
+        except ValueError:                                      # no run, or one that can't be read
+            from_data = False
+        number = 1
+        while (self.folder / f'labels.{number}.sqlite').exists():
             number += 1
         for path in self.folder.glob('labels.sqlite*'):         # its journal, if there is one, belongs to it
-            os.replace(path, path.with_name(path.name.replace('labels', f'labels.{number}', 1)))
-            print(f'{path.name} of the run before is kept as labels.{number}.sqlite')
-        for pattern in ('log.jsonl', 'metrics.json', 'report.html', '*.csv', '*.png', '*.svg', '*.pt'):
+            if from_data:
+                path.unlink()
+            else:
+                aside = path.with_name(path.name.replace('labels', f'labels.{number}', 1))
+                os.replace(path, aside)
+                print(f'the labels given before are kept in {aside}')
+        for pattern in ('log.jsonl', 'metrics.json', 'report.html', '*.png', '*.pt', 'wanted.csv', 'labels.csv',
+                        'predictions.csv', 'clusters.csv'):
             for path in self.folder.glob(pattern):
                 path.unlink()
         shutil.rmtree(self.folder / 'tensorboard', ignore_errors=True)

@@ -23,6 +23,8 @@ def test_every_command_of_the_pages_parses_and_every_flag_they_name_exists():
     commands = 0
     for page in PAGES:
         text = page.read_text().replace('\\\n', ' ')
+        if page.name == 'forking.md':                         # its commands need its changes
+            continue
         for line in re.findall(r'^ +(?:python|torchrun [^\n]*?) ?ssl\.py (.*)', text, re.M):
             words = shlex.split(line, comments=True)
             if '...' not in words:
@@ -36,7 +38,7 @@ def test_every_command_of_the_pages_parses_and_every_flag_they_name_exists():
 
 def test_every_link_of_the_pages_leads_somewhere_and_every_module_is_in_the_readme():
     for page in PAGES:
-        text = page.read_text()
+        text = re.sub(r'```.*?```', '', page.read_text(), flags=re.S)
         for target, anchor in re.findall(r'\]\((?!http)([^)#]*)#?([^)]*)\)', text):
             path = page.parent / target if target else page
             assert path.exists(), (page.name, target)
@@ -80,6 +82,9 @@ def test_each_change_that_forking_shows_is_small_applies_and_works():
     assert len(shown) >= 3
     with folder() as cwd, contextlib.ExitStack() as stack:
         write_npz(cwd / 'tiny.npz')
+        (cwd / 'data/kmnist').mkdir(parents=True)
+        for key, name in data.IDX_NAMES.items():
+            data.write_idx(cwd / 'data/kmnist' / name, arrays(K=10)[key].astype(np.uint8))
         started = []
         for i, (diff, words) in enumerate(shown):
             changed = re.findall(r'^(?:[+](?![+][+])|-(?!--))', diff, re.M)
