@@ -151,7 +151,8 @@ def _means(x, index, k):
     """(mean (k, D) of the rows of each cluster, 0 if it has none, number of its rows (k,))."""
     count = torch.bincount(index, minlength=k)
     starts = count.cumsum(0) - count
-    return F.embedding_bag(index.argsort(), x, starts, mode='mean'), count
+    order = index.int().argsort()                                          # sorting int64 takes twice as long
+    return F.embedding_bag(order, x, starts, mode='mean'), count
 
 
 def _new_centres(x, index, dist, k):
@@ -265,18 +266,17 @@ def linear_probe(x_train, y_train, x_val, y_val, x_test, l2s=(1e-3, 1e-2, 1e-1, 
     """
     x, y = torch.cat([x_train, x_val]), torch.cat([y_train, y_val])
     K = int(y.max()) + 1
-    if not len(x_val):
-        l2s = l2s[1:2]
+    l2s = l2s if len(x_val) else l2s[1:2]
     update = progress('linear probe', len(l2s) + 1)
     scores = []
-    for l2 in l2s if len(x_val) else ():
-        pred = logistic_regression(x_train, y_train, K, l2)(x_val).argmax(1)
-        scores.append(((pred == y_val).float().mean().item(), l2))
+    for l2 in l2s:
+        logits = logistic_regression(x_train, y_train, K, l2)(x_val)
+        scores.append((_accuracy(logits.argmax(1), y_val), l2))
         update(len(scores))
-    l2 = max(scores)[1] if scores else l2s[0]
-    logits = logistic_regression(x, y, K, l2)(x_test)
+    best = max(scores)[1]
+    logits = logistic_regression(x, y, K, best)(x_test)
     update(len(l2s) + 1)
-    return logits, l2
+    return logits, best
 
 
 def logistic_regression(x, y, K, l2, iterations=200):
@@ -316,49 +316,51 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_shar
     Scored on the test set, which is read once; on the validation images if there is no test set, or if it has no
     labels while the training set has some. Measures that need labels the data set lacks are named in 'left_out'.
 
-    mse, ssim, psnr: of the reconstructions. knn: k = 20, cosine, all training and validation labels. probe: linear,
-    from probe_share of the training and validation labels together; a sixth of those come from validation and
+    mse, ssim, psnr: of the reconstructions. knn: k = 20, cosine, by all training and validation labels but those
+    it is scored on. probe: linear, from probe_share of the same labels; a sixth of those come from validation and
     choose the L2 strength. kmeans_*: on L2-normalised features, fitted on the training images, k = the number of
     classes; ACC maps clusters to classes by Hungarian matching on the training labels, NMI, ARI and purity need
     no mapping.
 
     To look at, each as far as there is one: x images, y labels, h features, probs (N, K) of the probe, and the
-    k-means: clusters (N,), centres, mapping {cluster: class}.
+    k-means: clusters (N,), centres, mapping {cluster: class}. ValueError for features that are not finite.
     """
     use_test = _scores_test(ds)
     if use_test:
         x, y, ids = ds.x_test, ds.y_test, torch.arange(len(ds.x_test))
+        bank_ids = torch.cat([train_ids, ds.labelled(val_ids)])
     else:
-        x, y, ids = ds.x_train, ds.y_train, val_ids if ds.y_train is None else ds.labelled(val_ids)
+        x, y, bank_ids = ds.x_train, ds.y_train, train_ids
+        ids = val_ids if y is None else ds.labelled(val_ids)
     split = 'test' if use_test else 'validation'
     metrics = {'split': split, 'n': len(ids), 'left_out': []}
     if reconstruct:
         metrics.update(reconstruction(reconstruct, x, ids, device))
     h = in_chunks(encode, x, ids=ids, device=device).float()
-    h_train = in_chunks(encode, ds.x_train, ids=train_ids, device=device).float()
-    if not all(part.square().sum(1).isfinite().all() for part in (h, h_train)):
+    bank = in_chunks(encode, ds.x_train, ids=bank_ids, device=device).float()
+    if not all(part.square().sum(1).isfinite().all() for part in (h, bank)):
         raise ValueError('the features are too large to be measured: the training has diverged; start again with '
                          '--overwrite and a lower --lr')
-    metrics.update(features=h.shape[1], effective_rank=effective_rank(h),
-                   feature_std=h.std(0, correction=0).mean().item())
+    spread = h.std(0, correction=0).mean().item()
+    metrics.update(features=h.shape[1], effective_rank=effective_rank(h), feature_std=spread)
     shown = {'x': x if use_test else x[ids], 'h': h}
     if y is None:
         return {**metrics, 'left_out': ['knn', 'probe', 'kmeans']}, shown
     y = shown['y'] = y[ids].to(device)
-    y_train = None if ds.y_train is None else ds.y_train[train_ids].to(device)
-    scores, clustering = _measure_kmeans(h_train, y_train, h, y, len(ds.classes), seed)
-    metrics.update(scores, kmeans_mapping=split if y_train is None else 'train')
+    labels = torch.full_like(bank_ids, -1) if ds.y_train is None else ds.y_train[bank_ids]
+    labels, is_train = labels.to(device), torch.arange(len(bank), device=device) < len(train_ids)
+    scores, clustering = _measure_kmeans(bank[is_train], labels[is_train], h, y, len(ds.classes), seed)
+    metrics.update(scores, kmeans_mapping=split if ds.y_train is None else 'train')
     shown.update(clustering)
-    if y_train is None:
+    if ds.y_train is None:
         return {**metrics, 'left_out': ['knn', 'probe']}, shown
-    val_ids = ds.labelled(val_ids)
-    h_val = in_chunks(encode, ds.x_train, ids=val_ids, device=device).float()
-    known = y_train >= 0
-    train, val = (h_train[known], y_train[known]), (h_val, ds.y_train[val_ids].to(device))
-    metrics.update(_measure_knn(train, val if use_test else None, h, y))
-    scores, shown['probs'] = _measure_probe(train, val, use_test, h, y, probe_share, seed)
-    metrics.update(scores, **_by_class(shown['probs'].argmax(1), y, len(ds.classes)))
-    return metrics, shown
+    known = labels >= 0
+    metrics.update(knn=_accuracy(knn(bank[known], labels[known], h), y), knn_labels=int(known.sum()))
+    a, b = _draw_probe(known & is_train, known & ~is_train, probe_share, seed)
+    logits, l2 = linear_probe(bank[a], labels[a], bank[b], labels[b], h)
+    pred, shown['probs'] = logits.argmax(1), logits.softmax(1)
+    metrics.update(probe=_accuracy(pred, y), probe_labels=len(a) + len(b), probe_l2=l2)
+    return {**metrics, **_by_class(pred, y, len(ds.classes))}, shown
 
 
 def _scores_test(ds):
@@ -370,31 +372,23 @@ def _measure_kmeans(h_train, y_train, h, y, K, seed):
     """({'clusters', 'kmeans_acc', ...}, {'clusters', 'centres', 'mapping'} to look at) of K clusters, scored on h."""
     index, centres, _ = kmeans(F.normalize(h_train, dim=1), min(K, len(h_train)), restarts=5, seed=seed)
     pred = nearest(F.normalize(h, dim=1), centres)[0]
-    if y_train is None:
-        mapping = hungarian_accuracy(pred, y)[1]
-    else:
-        known = y_train >= 0
-        mapping = hungarian_accuracy(index[known], y_train[known])[1]
+    known = y_train >= 0
+    mapping = hungarian_accuracy(index[known], y_train[known])[1] if known.any() else hungarian_accuracy(pred, y)[1]
     scores = {f'kmeans_{key}': score for key, score in _cluster_scores(pred, y, mapping).items()}
     return {'clusters': len(centres), **scores}, {'clusters': pred, 'centres': centres, 'mapping': mapping}
 
 
-def _measure_knn(train, val, h, y):
-    """{'knn', 'knn_labels'}: train and val, if any, are (features, labels) of those that vote."""
-    bank, labels = train if val is None else map(torch.cat, zip(train, val))
-    return {'knn': _accuracy(knn(bank, labels, h), y), 'knn_labels': len(labels)}
+def _draw_probe(train, val, share, seed):
+    """Rows of the bank, drawn by the seed, that a probe of this share of both masks' rows learns from: a sixth of
+    them, as far as there are, from val."""
+    n = max(2, round(share * int(train.sum() + val.sum())))
+    def draw(mask, most, *key):
+        rows = mask.nonzero().flatten()
+        order = torch.randperm(len(rows), generator=generator('cpu', seed, 'probe', *key))
+        return rows[order[:most].to(rows.device)]
 
-
-def _measure_probe(train, val, use_val, h, y, share, seed):
-    """({'probe', 'probe_labels', 'probe_l2'}, probabilities (N, K)) from a share of all labels."""
-    n = max(2, round(share * (len(train[1]) + len(val[1]))))
-    n_val = n // 6
-    a = torch.randperm(len(train[1]), generator=generator('cpu', seed, 'probe'))[:n - n_val]
-    b = torch.randperm(len(val[1]), generator=generator('cpu', seed, 'probe', 'validation'))[:n_val * use_val]
-    a, b = a.to(h.device), b.to(h.device)
-    logits, l2 = linear_probe(train[0][a], train[1][a], val[0][b], val[1][b], h)
-    scores = {'probe': _accuracy(logits.argmax(1), y), 'probe_labels': len(a) + len(b), 'probe_l2': l2}
-    return scores, logits.softmax(1)
+    b = draw(val, n // 6, 'validation')
+    return draw(train, n - len(b)), b
 
 
 def _accuracy(pred, y):
@@ -403,23 +397,23 @@ def _accuracy(pred, y):
 
 def _to_classes(pred, mapping):
     """Class that `mapping` gives each cluster of pred (N,), -1 where it gives none."""
-    table = torch.tensor([mapping.get(c, -1) for c in range(int(pred.max()) + 1)], device=pred.device)
-    return table[pred]
+    classes = torch.full((int(pred.max()) + 1,), -1)
+    classes[list(mapping)] = torch.tensor(list(mapping.values()))
+    return classes.to(pred.device)[pred]
 
 
 def _cluster_scores(pred, y, mapping):
-    """{'acc', 'nmi', 'ari', 'purity'}; the accuracy is of the classes that mapping gives the clusters."""
-    return {'acc': _accuracy(_to_classes(pred, mapping), y), 'nmi': nmi(pred, y), 'ari': ari(pred, y),
-            'purity': purity(pred, y)}
+    """{'acc', 'nmi', 'ari', 'purity'}; the accuracy is that of the classes which mapping gives the clusters."""
+    acc = _accuracy(_to_classes(pred, mapping), y)
+    return {'acc': acc, 'nmi': nmi(pred, y), 'ari': ari(pred, y), 'purity': purity(pred, y)}
 
 
 def _by_class(pred, y, K):
     """{'f1', 'mean_f1', 'confusion'} for metrics.json; predictions of -1 are missed and in no column."""
-    got = pred >= 0
-    confusion = confusion_matrix(pred[got], y[got], K)
-    missed = torch.bincount(y[~got], minlength=K).cpu().numpy()
-    return {'f1': f1(confusion, missed).tolist(), 'mean_f1': mean_f1(confusion, missed),
-            'confusion': confusion.tolist()}
+    missed = pred < 0
+    counts = torch.bincount(y[missed], minlength=K).cpu().numpy()
+    table = confusion_matrix(pred[~missed], y[~missed], K)
+    return {'f1': f1(table, counts).tolist(), 'mean_f1': mean_f1(table, counts), 'confusion': table.tolist()}
 
 
 @torch.no_grad()
@@ -449,31 +443,28 @@ def measure_clusters(ds, predict, encode, K, pred_train, device='cpu'):
     training images. ACC and F1 name each cluster by Hungarian matching on the training labels (on the scored ones
     if there are no others); images in clusters left unmatched count as wrong.
     """
-    pred_train, use_test = pred_train.cpu(), _scores_test(ds)
     known = torch.arange(len(pred_train)) if ds.y_train is None else ds.labelled()
-    y_train = None if ds.y_train is None else ds.y_train[known]
+    pred_train, y_train = pred_train.cpu()[known], None if ds.y_train is None else ds.y_train[known]
+    use_test = _scores_test(ds)
     if use_test:
         x, y = ds.x_test, ds.y_test
-        pred = clusters = in_chunks(predict, x, device=device).argmax(1).cpu()
-        y_shown = y
+        pred = in_chunks(predict, x, device=device).argmax(1).cpu()
+        few = torch.arange(len(pred))
     else:
-        few = known[sample(len(known), 2000, 'clusters')]
-        x, y = ds.x_train[few], y_train
-        pred, clusters = pred_train[known], pred_train[few]
-        y_shown = None if y_train is None else ds.y_train[few]
-    features = in_chunks(encode, x, device=device).cpu()
-    h = F.normalize(features, dim=1)
-    centres = torch.stack([h[clusters == c].mean(0) if (clusters == c).any() else h.mean(0) for c in range(K)])
-    shown = {'x': x, 'h': features, 'clusters': clusters, 'centres': centres}
+        pred, y = pred_train, y_train
+        few = sample(len(pred), 2000, 'clusters')
+        x = ds.x_train[known[few]]
+    h = in_chunks(encode, x, device=device).float().cpu()
+    centres = _means(F.normalize(h, dim=1), pred[few], K)[0]
+    shown = {'x': x, 'h': h, 'clusters': pred[few], 'centres': centres}
     sizes = torch.bincount(pred, minlength=K)
     metrics = {'split': 'test' if use_test else 'training', 'n': len(pred), 'clusters': K, 'left_out': [],
                'live_clusters': int((sizes > 0).sum()), 'sizes': sizes.tolist()}
     if y is None:
         return {**metrics, 'left_out': ['ACC, NMI, ARI, purity: there are no labels']}, shown
-    if y_train is None:
-        metrics['mapping'], mapping = 'test', hungarian_accuracy(pred, y)[1]
-    else:
-        metrics['mapping'], mapping = 'training', hungarian_accuracy(pred_train[known], y_train)[1]
-    shown.update(y=y_shown, mapping=mapping)
+    by = (pred, y) if y_train is None else (pred_train, y_train)
+    mapping = hungarian_accuracy(*by)[1]
+    metrics['mapping'] = 'test' if y_train is None else 'training'
+    shown.update(y=y[few], mapping=mapping)
     metrics.update(_cluster_scores(pred, y, mapping), **_by_class(_to_classes(pred, mapping), y, len(ds.classes)))
     return metrics, shown

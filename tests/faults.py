@@ -125,6 +125,7 @@ def formats(f, rng):
     database = labels.LabelDatabase(f / 'answers.sqlite', None, 9, 'abc')
     x = torch.from_numpy(images(20)[0])[:, None]
     tables = [b'id,label\n1,cat\n2,dog\n\n19,1\n3,\n', b'"1";"cat"\r\n2;0\r\n7;?\r\n', '1\tcat\n'.encode('utf-16')]
+    (f / 'a.csv').write_bytes(tables[0])
     yield 'answers', f / 'a.csv', tables, lambda path: oracle.File(database, x, ('cat', 'dog'), path, f).read()
     for method in 'simclr', 'query':
         there = f / 'runs' / method
@@ -132,7 +133,6 @@ def formats(f, rng):
         for name in 'config.json', 'metrics.json':
             good = json.loads((there / name).read_text())
             yield f'{name} of {method}', there / name, [strange_json(good, rng) for _ in range(40)], use_run
-            runs.write_json(there / name, good)
         rows = (there / 'log.jsonl').read_bytes()
         strange = b'\n'.join(strange_json(json.loads(row), rng) for row in rows.splitlines())
         yield f'log.jsonl of {method}', there / 'log.jsonl', [rows, strange], use_run
@@ -148,6 +148,7 @@ def read_damaged(cases, seed=0):
         for kind, path, blobs, read in formats(f, rng):
             share = cases // kinds if read is not use_run else max(1, cases // kinds // 20)     # slow
             counts.setdefault(kind, [0, 0])
+            whole = path.read_bytes()
             for case in range(share):
                 blob = blobs[rng.integers(len(blobs))]
                 path.write_bytes(blob if rng.integers(4) == 0 else damage(blob, rng))
@@ -162,6 +163,7 @@ def read_damaged(cases, seed=0):
                 except Exception as e:
                     raise AssertionError(f'{what}: {e!r} instead of a ValueError') from e
                 assert time.monotonic() - began < 20, f'{what} took too long'
+            path.write_bytes(whole)
     return counts
 
 

@@ -1,5 +1,7 @@
 """Tests of bench.py."""
 from helpers import python
+import contextlib
+import io
 from unittest import mock
 
 import torch
@@ -35,7 +37,8 @@ def test_an_epoch_is_timed_by_the_functions_of_training():
         for method in ('ae', 'query'):
             part, model = bench.epoch(SETUP, method, 8 * 512), models[0]
             before = [p.clone() for p in model.parameters()]
-            part.calls['ours']()
+            with contextlib.redirect_stdout(io.StringIO()):
+                part.calls['ours']()
             models.clear()
             assert part.amount == 512 and not all(map(torch.equal, before, model.parameters()))
 

@@ -19,7 +19,9 @@ PAGES = [HERE / 'README.md', *sorted((HERE / 'docs').glob('*.md'))]
 
 def test_every_command_of_the_pages_parses_and_every_flag_they_name_exists():
     known = {option for action in cli().make_parser()._actions for option in action.option_strings}
-    known |= {'--fuzz', '--soak', '--nproc-per-node', '--against', '--standalone'}     # of other programs
+    known |= {'--nproc-per-node', '--nnodes', '--rdzv-backend', '--rdzv-endpoint'}     # of torchrun
+    for other in 'test_all.py', 'bench.py':
+        known |= set(re.findall(r"'(--[a-z-]+)'", (HERE / other).read_text()))
     commands = 0
     for page in PAGES:
         text = page.read_text().replace('\\\n', ' ')

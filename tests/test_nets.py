@@ -43,7 +43,6 @@ def test_encoders_have_the_dimension_they_state_and_the_maps_they_compute():
             body, c, h, w = {'conv': nets.convnet, 'resnet': nets.resnet}[net](C, H, W, 0.1)
             assert body(rand(2, C, H, W)).shape == (2, c, h, w)
     assert nets.resnet(1, 28, 28, 1.0)[1:] == (256, 4, 4) and nets.resnet(3, 96, 96, 0.1)[1:] == (48, 6, 6)
-    assert nets.Encoder('resnet', (1, 28, 28)).dim == 256 and nets.Encoder('fc', (1, 28, 28)).dim == 64
     assert 4.6e6 < nets.size(nets.Encoder('conv', (3, 96, 96))) < 4.8e6
 
 
@@ -57,9 +56,8 @@ def test_fc_autoencoder_is_784_256_64_256_784():
 def test_width_scales_every_network():
     assert [nets.channels(64, w) for w in (0.01, 0.5, 1, 2)] == [8, 32, 64, 128]
     for method, net in itertools.product(UNLABELLED, NETS):
-        latent = 0 if method == 'simclr' else 8
-        sizes = [nets.size(nets.build(method, net, (1, 10, 10), width, latent)) for width in (0.25, 0.5, 1.0)]
-        assert sizes[0] < sizes[1] < sizes[2] and (method == 'ae' or sizes[2] > 2 * sizes[1])
+        small, large = (nets.size(nets.build(method, net, (1, 8, 8), width, 8)) for width in (0.25, 1.0))
+        assert large > 3 * small
 
 
 def test_narrow_maps_side_by_side_give_the_gradients_of_a_plain_convolution():
@@ -115,8 +113,8 @@ def test_vae_codes_are_means_and_images_come_from_the_prior():
     logits, *_ = model(x, generator('cpu', 0))
     assert torch.equal(logits, model.decoder(nets.reparameterize(mu, logvar, generator('cpu', 0))))
     line = nets.interpolation(model, x[:1], x[1:2], 5)
-    assert close(line[0], model.decode(mu[:1])[0]) and close(line[4], model.decode(mu[1:2])[0])
-    assert close(line[1], model.decode(mu[:1] * 0.75 + mu[1:2] * 0.25)[0])
+    wanted = [model.decode(mu[:1] * (1 - t) + mu[1:2] * t)[0] for t in (0, 0.25, 0.5, 0.75, 1)]
+    assert close(line, torch.stack(wanted))
     drawn = nets.samples(model, 5, 6, generator('cpu', 0))
     assert torch.equal(drawn, model.decode(torch.randn(6, 5, generator=generator('cpu', 0))))
 
