@@ -1,6 +1,5 @@
 """What ssl.py is asked to do: train a method and measure it, and what can be done with finished runs."""
 import argparse
-import contextlib
 import io
 import math
 import sqlite3
@@ -48,7 +47,7 @@ def main(args, typed, defaults):
 def advice(e):
     """An error of torch that a user can do something about as a ValueError; any other as it is."""
     if 'deterministic implementation' in str(e):
-        return ValueError(f'--deterministic can not be had: {str(e).split(". ")[0].split(", ")[0]}')
+        return ValueError(f'--deterministic can not be had: {str(e).split(". ")[0]}')
     if isinstance(e, MemoryError) or any(words in str(e) for words in NO_MEMORY):
         return ValueError('out of memory; try a smaller --batch-size, --width or --limit')
     if distributed.world() > 1 and 'peer' in str(e):
@@ -250,7 +249,6 @@ def evaluate(args):
 def export(folder, path, new=None, args=None):
     """Write features as an .npz: of all images of a run's data, with ids, split and the labels that are known
     (-1: not known; of a classifier's training images those it paid for); or of new images."""
-    check_writable(path, 'an earlier export', lambda: {'features', 'ids'} <= set(np.load(path).files))
     network = runs.open_run(folder, args.device)
     if new:
         C, H, _ = network.config['data']['shape']
@@ -313,7 +311,6 @@ def predict(folder, path, args):
 
 def compare(folders):
     """Print one table of these runs, by default all finished ones; write runs/report.html about them."""
-    folders = [f for f in folders if Path(f).suffix not in ('.html', '.svg')]       # which runs/* names too
     folders = folders or sorted(path.parent for path in Path('runs').glob('*/metrics.json'))
     if not folders:
         return print('runs/ holds no finished run yet')
@@ -323,22 +320,9 @@ def compare(folders):
     print('-> runs/report.html')
 
 
-def check_writable(path, what, ours):
-    """ValueError if there is no place for a file, or if there is one that ours() doesn't know as our own."""
-    path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        reason = 'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'
-        raise ValueError(f'{path} can not be written: {reason}')
-    with contextlib.suppress(Exception):                        # numpy raises many types of error
-        if not path.exists() or path.is_file() and ours():
-            return
-    raise ValueError(f'{path} exists and is not {what}; it is kept: name another file')
-
-
 def show_views(args):
     """Write originals and two augmented views of each as a PNG."""
     path = Path(args.show_views)
-    check_writable(path, 'a PNG', lambda: path.read_bytes().startswith(b'\x89PNG'))
     ds = load_data(args)
     pretrain.write_views(path, data.to_float(ds.x_train[:16]), pretrain.views_of(args), args.seed)
     print(f'wrote {path}: originals above two views of each')

@@ -1,7 +1,7 @@
-"""What a representation is worth: image quality, k-means, clusters against classes, linear probe, from scratch.
+"""What a representation is worth: image quality, k-means, clusters against classes, linear probe.
 
-Images are float in 0..1, features float32 (N, D), labels int64 (N,), all on one device. Cluster ids and labels
-to be scored may be numpy or torch arrays of any integer type.
+Images are float in 0..1, features float32 (N, D), labels int64 (N,), all on one device. Cluster ids and
+labels to be scored may be numpy or torch arrays of any integer type.
 """
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from device import generator, progress
 from features import effective_rank, in_chunks, knn, sample
 
-CHUNK = 1 << 20                                     # floats in the largest temporary matrix: they stay in a cache
+CHUNK = 1 << 20                     # distances at once: 4 MiB stay in a cache
 
 
 # ------------------------------------------------------------------------------------ image quality
@@ -20,14 +20,14 @@ def ssim(x, y, data_range=1.0):
     """Structural similarity of each pair of images: x, y (N, C, H, W) -> (N,). Wang et al. 2004.
 
     Gaussian window of 11 taps, sigma 1.5, population covariance, K1 0.01, K2 0.03, no padding (only windows
-    that lie inside), mean over windows, then channels. Images under 11 px get the largest odd window that fits.
-    1 for equal images. ValueError if the shapes differ.
+    that lie inside), mean over windows, then channels. Images under 11 px get the largest odd window that
+    fits. 1 for equal images. ValueError if the shapes differ.
     """
     _same_shape(x, y)
     x, y = x.float(), y.float()
     rows, cols = (_window_matrix(n, x) for n in x.shape[2:])
 
-    def mean(v):                                    # both 1-d filters as products with banded matrices
+    def mean(v):                    # both 1-d filters as products with banded matrices
         return rows @ v @ cols.T
 
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
@@ -41,7 +41,7 @@ def ssim(x, y, data_range=1.0):
 
 def _same_shape(x, y):
     if x.shape != y.shape:
-        raise ValueError(f'images of shapes {tuple(x.shape)} and {tuple(y.shape)}; wanted pairs of the same shape')
+        raise ValueError(f'images of shapes {tuple(x.shape)} and {tuple(y.shape)}; wanted the same shape')
 
 
 def _window_matrix(n, like, taps=11, sigma=1.5):
@@ -77,8 +77,8 @@ def reconstruction(reconstruct, x, ids=None, device=None):
 # ------------------------------------------------------------------------------------------ k-means
 
 def nearest(x, centres):
-    """(index of the nearest centre, squared distance to it) of each row of x (N, D): int64 and float32 (N,)."""
-    origin = centres.mean(0)                        # far from 0 the squares would lose their digits
+    """(index of the nearest centre, squared distance to it) of each row of x (N, D): int64, float32 (N,)."""
+    origin = centres.mean(0)        # far from 0 the squares would lose their digits
     x = x.float() - origin
     return _assign(x, _squares(x), centres - origin)
 
@@ -89,8 +89,8 @@ def _squares(x):
 
 def _assign(x, squares, centres):
     """As `nearest`, for x that lies around 0; squares (N,) are its rows' squared lengths."""
-    size = max(1, CHUNK // len(centres))
-    buffer = x.new_empty(min(size, len(x)), len(centres))                  # new memory would cost a page fault a page
+    size = min(len(x), max(1, CHUNK // len(centres)))
+    buffer = x.new_empty(size, len(centres))        # new memory for each part would cost a page fault a page
     lengths = centres.square().sum(1)
     found = []
     for part in x.split(size):
@@ -104,27 +104,29 @@ def kmeans(x, k, restarts=10, iterations=100, tol=1e-4, seed=0, centres=None):
     """Lloyd's k-means on x (N, D): (assignment (N,), centres (k, D), inertia), the best of `restarts`.
 
     Starts by k-means++ (Arthur & Vassilvitskii 2007), or from `centres`. A cluster left empty restarts at the
-    point farthest from its centre. Stops when the centres' squared shift falls under tol times the mean variance
-    of a feature. Best is by inertia, the sum of squared distances. ValueError for more clusters than points.
+    point farthest from its centre. Stops when the centres' squared shift falls under tol times the mean
+    variance of a feature. Best is by inertia, the sum of squared distances. ValueError for more clusters than
+    points.
     """
     if not 1 <= k <= len(x):
         raise ValueError(f'k-means was asked for {k} clusters of {len(x)} points')
-    origin = x.float().mean(0)                      # far from 0 the squares would lose their digits
-    x = x.float() - origin
+    x = x.float()
+    origin = x.mean(0)              # far from 0 the squares would lose their digits
+    x = x - origin
     squares = _squares(x)
     limit = tol * squares.mean() / x.shape[1]
     restarts = 1 if centres is not None else restarts
     best = None
     update = progress('k-means, sooner if it settles', restarts * iterations)
     for r in range(restarts):
-        if centres is not None:
-            c = centres.to(x) - origin
-        else:
+        if centres is None:
             c = _kmeans_plus_plus(x, squares, k, generator(x.device, seed, 'kmeans', r))
+        else:
+            c = centres.to(x) - origin
         for i in range(iterations):
             update(r * iterations + i)
-            old = c
-            c = _new_centres(x, *_assign(x, squares, c), k)
+            index, dist = _assign(x, squares, c)
+            old, c = c, _new_centres(x, index, dist, k)
             if (c - old).square().sum() <= limit:
                 break
         index, dist = _assign(x, squares, c)
@@ -141,17 +143,18 @@ def _kmeans_plus_plus(x, squares, k, g):
     dist = torch.full_like(squares, torch.inf)
     for _ in range(k - 1):
         dist = torch.minimum(dist, _assign(x, squares, x[picked[-1]])[1])
-        total = dist.cpu().double().cumsum(0)                              # CUDA adds these up in any order
+        total = dist.cpu().double().cumsum(0)       # CUDA adds these up in any order
         draw = torch.rand(1, generator=g, device=x.device).cpu() * total[-1]
-        picked.append(torch.searchsorted(total, draw).clamp(max=len(x) - 1).to(x.device))
+        row = torch.searchsorted(total, draw).clamp(max=len(x) - 1)
+        picked.append(row.to(x.device))
     return x[torch.cat(picked)]
 
 
 def _means(x, index, k):
-    """(mean (k, D) of the rows of each cluster, 0 if it has none, number of its rows (k,))."""
+    """(means (k, D) of the rows of each cluster, 0 where it has none, and how many it has (k,))."""
     count = torch.bincount(index, minlength=k)
+    order = index.int().argsort()                   # sorting int64 takes twice as long
     starts = count.cumsum(0) - count
-    order = index.int().argsort()                                          # sorting int64 takes twice as long
     return F.embedding_bag(order, x, starts, mode='mean'), count
 
 
@@ -167,29 +170,34 @@ def medoids(x, centres):
     """Row of x nearest to its centre in each cluster that has rows: ids (k or fewer,) int64."""
     index, dist = nearest(x, centres)
     order = dist.argsort()
-    order = order[index[order].argsort(stable=True)]                       # by cluster, then by distance
+    order = order[index[order].argsort(stable=True)]            # by cluster, then by distance
     cluster = index[order]
-    first = torch.ones_like(cluster, dtype=torch.bool)
-    first[1:] = cluster[1:] != cluster[:-1]
-    return order[first]
+    is_first = torch.ones_like(cluster, dtype=torch.bool)
+    is_first[1:] = cluster[1:] != cluster[:-1]
+    return order[is_first]
 
 
 # ------------------------------------------------------------------------- clusters against classes
 
+def _ids(v):
+    return np.asarray(torch.as_tensor(v).cpu()).astype(np.int64)
+
+
 def contingency(pred, labels):
-    """(counts (clusters, classes), ids of the clusters, ids of the classes) of those that occur, int64 numpy.
+    """(counts (clusters, classes), ids of the clusters, ids of the classes) of those that occur.
 
     ValueError unless both are ids (N,), none of them negative.
     """
-    pred, labels = (np.asarray(torch.as_tensor(v).cpu()).astype(np.int64) for v in (pred, labels))
+    pred, labels = _ids(pred), _ids(labels)
     if pred.shape != labels.shape or pred.ndim != 1 or not len(pred):
-        raise ValueError(f'cluster ids of shape {pred.shape} and labels of shape {labels.shape}; wanted (N,) twice')
+        raise ValueError(f'cluster ids of shape {pred.shape}, labels of {labels.shape}; wanted (N,) twice')
     if pred.min() < 0 or labels.min() < 0:
         raise ValueError('cluster ids and labels must not be negative')
     clusters, row = np.unique(pred, return_inverse=True)
-    classes, col = np.unique(labels, return_inverse=True)
-    counts = np.bincount(row * len(classes) + col, minlength=len(clusters) * len(classes))
-    return counts.reshape(len(clusters), len(classes)), clusters, classes
+    classes, column = np.unique(labels, return_inverse=True)
+    counts = np.zeros((len(clusters), len(classes)), np.int64)
+    np.add.at(counts, (row, column), 1)
+    return counts, clusters, classes
 
 
 def hungarian_accuracy(pred, labels):
@@ -198,9 +206,9 @@ def hungarian_accuracy(pred, labels):
     Images in clusters left unmatched count as wrong.
     """
     counts, clusters, classes = contingency(pred, labels)
-    rows, cols = linear_sum_assignment(counts, maximize=True)
-    mapping = dict(zip(clusters[rows].tolist(), classes[cols].tolist()))
-    return float(counts[rows, cols].sum() / counts.sum()), mapping
+    rows, columns = linear_sum_assignment(counts, maximize=True)
+    mapping = dict(zip(clusters[rows].tolist(), classes[columns].tolist()))
+    return float(counts[rows, columns].sum() / counts.sum()), mapping
 
 
 def _entropy(p):
@@ -209,13 +217,14 @@ def _entropy(p):
 
 
 def nmi(pred, labels):
-    """Normalised mutual information by the arithmetic mean of the entropies; 1 for one cluster and one class."""
-    p = contingency(pred, labels)[0] / len(pred)
-    h1, h2 = _entropy(p.sum(1)), _entropy(p.sum(0))
-    if h1 + h2 == 0:
+    """Normalised mutual information by the mean of the entropies; 1 for one cluster and one class."""
+    counts = contingency(pred, labels)[0]
+    p = counts / counts.sum()
+    total = _entropy(p.sum(1)) + _entropy(p.sum(0))
+    if total == 0:
         return 1.0
-    mutual = h1 + h2 - _entropy(p)
-    return float(np.clip(mutual / ((h1 + h2) / 2), 0, 1))                  # rounding leaves 0..1
+    mutual = total - _entropy(p)
+    return float(np.clip(2 * mutual / total, 0, 1))             # rounding leaves 0..1
 
 
 def ari(pred, labels):
@@ -238,8 +247,9 @@ def purity(pred, labels):
 
 def confusion_matrix(pred, labels, K):
     """(K, K) counts: row = true class, column = predicted class."""
-    pred, labels = (np.asarray(torch.as_tensor(v).cpu()).astype(np.int64) for v in (pred, labels))
-    return np.bincount(labels * K + pred, minlength=K * K).reshape(K, K)
+    counts = np.zeros((K, K), np.int64)
+    np.add.at(counts, (_ids(labels), _ids(pred)), 1)
+    return counts
 
 
 def f1(confusion, missed=0):
@@ -247,7 +257,8 @@ def f1(confusion, missed=0):
 
     missed (K,): images of each class, beside those in the confusion matrix, that got no class at all.
     """
-    return 2 * confusion.diagonal() / np.maximum(confusion.sum(0) + confusion.sum(1) + missed, 1)
+    images = confusion.sum(0) + confusion.sum(1) + missed
+    return 2 * confusion.diagonal() / np.maximum(images, 1)
 
 
 def mean_f1(confusion, missed=0):
@@ -258,20 +269,18 @@ def mean_f1(confusion, missed=0):
 
 # ------------------------------------------------------------------------------------- linear probe
 
-def linear_probe(x_train, y_train, x_val, y_val, x_test, l2s=(1e-3, 1e-2, 1e-1, 1.0)):
-    """(logits (N, K), chosen l2): multinomial logistic regression on frozen features.
+def linear_probe(x, y, x_test, l2s=(1e-3, 1e-2, 1e-1, 1.0)):
+    """(logits (N, K), chosen l2): multinomial logistic regression on frozen features x (n, D), labels y (n,).
 
-    Features are standardised by the training rows. The L2 strength is chosen by accuracy on the validation
-    rows, 0.01 if there are none; then the probe is fitted anew on both. All of these labels count as used.
+    The L2 strength is the best on the last sixth of the rows, which is held out for that; then the probe is
+    fitted anew on all.
     """
-    x, y = torch.cat([x_train, x_val]), torch.cat([y_train, y_val])
-    K = int(y.max()) + 1
-    l2s = l2s if len(x_val) else l2s[1:2]
+    K, kept = int(y.max()) + 1, len(x) - max(1, len(x) // 6)
     update = progress('linear probe', len(l2s) + 1)
     scores = []
     for l2 in l2s:
-        logits = logistic_regression(x_train, y_train, K, l2)(x_val)
-        scores.append((_accuracy(logits.argmax(1), y_val), l2))
+        logits = logistic_regression(x[:kept], y[:kept], K, l2)(x[kept:])
+        scores.append((_accuracy(logits.argmax(1), y[kept:]), l2))
         update(len(scores))
     best = max(scores)[1]
     logits = logistic_regression(x, y, K, best)(x_test)
@@ -280,7 +289,10 @@ def linear_probe(x_train, y_train, x_val, y_val, x_test, l2s=(1e-3, 1e-2, 1e-1, 
 
 
 def logistic_regression(x, y, K, l2, iterations=200):
-    """Function from features to logits (N, K): minimises cross-entropy + l2 / 2 |W|^2 by L-BFGS."""
+    """Function from features to logits (N, K): minimises cross-entropy + l2 / 2 |W|^2 by L-BFGS.
+
+    Features are standardised by the rows of x (n, D).
+    """
     mean, std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
 
     def standardise(v):
@@ -311,55 +323,57 @@ def active_units(mu, threshold=0.01):
 
 @torch.no_grad()
 def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_share=0.1, device='cpu'):
-    """(every measure of one representation, as a dict for metrics.json; what they were measured on, to look at).
+    """(every measure of a representation, a dict for metrics.json; what they were measured on, to look at).
 
-    Scored on the test set, which is read once; on the validation images if there is no test set, or if it has no
-    labels while the training set has some. Measures that need labels the data set lacks are named in 'left_out'.
+    Scored on the test set, which is read once; on the validation images if there is no test set, or if it has
+    no labels while the training set has some. What is fitted, or votes, is the training images, and the
+    validation images too where those are not scored. What needs labels that are missing is in 'left_out'.
 
-    mse, ssim, psnr: of the reconstructions. knn: k = 20, cosine, by all training and validation labels but those
-    it is scored on. probe: linear, from probe_share of the same labels; a sixth of those come from validation and
-    choose the L2 strength. kmeans_*: on L2-normalised features, fitted on the training images, k = the number of
-    classes; ACC maps clusters to classes by Hungarian matching on the training labels, NMI, ARI and purity need
-    no mapping.
+    mse, ssim, psnr: of the reconstructions. knn: k = 20, cosine, by all labels. probe: linear, from
+    probe_share of the labels. kmeans_*: on L2-normalised features, k = the number of classes; ACC maps
+    clusters to classes by Hungarian matching on the labels of the images it was fitted on, NMI, ARI and
+    purity need no mapping.
 
-    To look at, each as far as there is one: x images, y labels, h features, probs (N, K) of the probe, and the
-    k-means: clusters (N,), centres, mapping {cluster: class}. ValueError for features that are not finite.
+    To look at, each as far as there is one: x images, y labels, h features, probs (N, K) of the probe, and
+    the k-means: clusters (N,), centres, mapping {cluster: class}. ValueError for features that overflow.
     """
     use_test = _scores_test(ds)
     if use_test:
         x, y, ids = ds.x_test, ds.y_test, torch.arange(len(ds.x_test))
-        bank_ids = torch.cat([train_ids, ds.labelled(val_ids)])
+        bank_ids = torch.cat([train_ids, val_ids])
     else:
         x, y, bank_ids = ds.x_train, ds.y_train, train_ids
         ids = val_ids if y is None else ds.labelled(val_ids)
-    split = 'test' if use_test else 'validation'
-    metrics = {'split': split, 'n': len(ids), 'left_out': []}
+    metrics = {'split': 'test' if use_test else 'validation', 'n': len(ids), 'left_out': []}
     if reconstruct:
         metrics.update(reconstruction(reconstruct, x, ids, device))
     h = in_chunks(encode, x, ids=ids, device=device).float()
     bank = in_chunks(encode, ds.x_train, ids=bank_ids, device=device).float()
     if not all(part.square().sum(1).isfinite().all() for part in (h, bank)):
-        raise ValueError('the features are too large to be measured: the training has diverged; start again with '
-                         '--overwrite and a lower --lr')
-    spread = h.std(0, correction=0).mean().item()
-    metrics.update(features=h.shape[1], effective_rank=effective_rank(h), feature_std=spread)
+        raise ValueError('the features are too large to be measured: the training has diverged; start again '
+                         'with --overwrite and a lower --lr')
+    metrics['features'] = h.shape[1]
+    metrics['effective_rank'] = effective_rank(h)
+    metrics['feature_std'] = h.std(0, correction=0).mean().item()
     shown = {'x': x if use_test else x[ids], 'h': h}
     if y is None:
         return {**metrics, 'left_out': ['knn', 'probe', 'kmeans']}, shown
     y = shown['y'] = y[ids].to(device)
     labels = torch.full_like(bank_ids, -1) if ds.y_train is None else ds.y_train[bank_ids]
-    labels, is_train = labels.to(device), torch.arange(len(bank), device=device) < len(train_ids)
-    scores, clustering = _measure_kmeans(bank[is_train], labels[is_train], h, y, len(ds.classes), seed)
-    metrics.update(scores, kmeans_mapping=split if ds.y_train is None else 'train')
+    labels = labels.to(device)
+    scores, clustering = _measure_kmeans(bank, labels, h, y, len(ds.classes), seed)
+    metrics.update(scores, kmeans_mapping='train' if ds.y_train is not None else metrics['split'])
     shown.update(clustering)
     if ds.y_train is None:
         return {**metrics, 'left_out': ['knn', 'probe']}, shown
-    known = labels >= 0
-    metrics.update(knn=_accuracy(knn(bank[known], labels[known], h), y), knn_labels=int(known.sum()))
-    a, b = _draw_probe(known & is_train, known & ~is_train, probe_share, seed)
-    logits, l2 = linear_probe(bank[a], labels[a], bank[b], labels[b], h)
+    bank, labels = bank[labels >= 0], labels[labels >= 0]
+    metrics['knn'] = _accuracy(knn(bank, labels, h), y)
+    metrics['knn_labels'] = len(labels)
+    rows = torch.randperm(len(labels), generator=generator('cpu', seed, 'probe'))
+    rows = rows[:max(2, round(probe_share * len(labels)))].to(device)
+    logits, l2 = linear_probe(bank[rows], labels[rows], h)
     pred, shown['probs'] = logits.argmax(1), logits.softmax(1)
-    metrics.update(probe=_accuracy(pred, y), probe_labels=len(a) + len(b), probe_l2=l2)
+    metrics.update(probe=_accuracy(pred, y), probe_labels=len(rows), probe_l2=l2)
     return {**metrics, **_by_class(pred, y, len(ds.classes))}, shown
 
 
@@ -368,27 +382,16 @@ def _scores_test(ds):
     return ds.x_test is not None and (ds.y_test is not None or ds.y_train is None)
 
 
-def _measure_kmeans(h_train, y_train, h, y, K, seed):
-    """({'clusters', 'kmeans_acc', ...}, {'clusters', 'centres', 'mapping'} to look at) of K clusters, scored on h."""
-    index, centres, _ = kmeans(F.normalize(h_train, dim=1), min(K, len(h_train)), restarts=5, seed=seed)
+def _measure_kmeans(bank, labels, h, y, K, seed):
+    """({'clusters', 'kmeans_acc', ...}, {'clusters', 'centres', 'mapping'} to look at), scored on h, y."""
+    index, centres, _ = kmeans(F.normalize(bank, dim=1), min(K, len(bank)), restarts=5, seed=seed)
     pred = nearest(F.normalize(h, dim=1), centres)[0]
-    known = y_train >= 0
-    mapping = hungarian_accuracy(index[known], y_train[known])[1] if known.any() else hungarian_accuracy(pred, y)[1]
-    scores = {f'kmeans_{key}': score for key, score in _cluster_scores(pred, y, mapping).items()}
-    return {'clusters': len(centres), **scores}, {'clusters': pred, 'centres': centres, 'mapping': mapping}
-
-
-def _draw_probe(train, val, share, seed):
-    """Rows of the bank, drawn by the seed, that a probe of this share of both masks' rows learns from: a sixth of
-    them, as far as there are, from val."""
-    n = max(2, round(share * int(train.sum() + val.sum())))
-    def draw(mask, most, *key):
-        rows = mask.nonzero().flatten()
-        order = torch.randperm(len(rows), generator=generator('cpu', seed, 'probe', *key))
-        return rows[order[:most].to(rows.device)]
-
-    b = draw(val, n // 6, 'validation')
-    return draw(train, n - len(b)), b
+    known = labels >= 0
+    matched = (index[known], labels[known]) if known.any() else (pred, y)
+    mapping = hungarian_accuracy(*matched)[1]
+    scores = _cluster_scores(pred, y, mapping)
+    metrics = {f'kmeans_{key}': score for key, score in scores.items()}
+    return {'clusters': len(centres), **metrics}, {'clusters': pred, 'centres': centres, 'mapping': mapping}
 
 
 def _accuracy(pred, y):
@@ -397,31 +400,31 @@ def _accuracy(pred, y):
 
 def _to_classes(pred, mapping):
     """Class that `mapping` gives each cluster of pred (N,), -1 where it gives none."""
-    classes = torch.full((int(pred.max()) + 1,), -1)
-    classes[list(mapping)] = torch.tensor(list(mapping.values()))
-    return classes.to(pred.device)[pred]
+    classes = [mapping.get(cluster, -1) for cluster in range(int(pred.max()) + 1)]
+    return torch.tensor(classes, device=pred.device)[pred]
 
 
 def _cluster_scores(pred, y, mapping):
-    """{'acc', 'nmi', 'ari', 'purity'}; the accuracy is that of the classes which mapping gives the clusters."""
+    """{'acc', 'nmi', 'ari', 'purity'}; the accuracy is of the classes that mapping gives the clusters."""
     acc = _accuracy(_to_classes(pred, mapping), y)
     return {'acc': acc, 'nmi': nmi(pred, y), 'ari': ari(pred, y), 'purity': purity(pred, y)}
 
 
 def _by_class(pred, y, K):
     """{'f1', 'mean_f1', 'confusion'} for metrics.json; predictions of -1 are missed and in no column."""
-    missed = pred < 0
-    counts = torch.bincount(y[missed], minlength=K).cpu().numpy()
-    table = confusion_matrix(pred[~missed], y[~missed], K)
-    return {'f1': f1(table, counts).tolist(), 'mean_f1': mean_f1(table, counts), 'confusion': table.tolist()}
+    got = pred >= 0
+    table = confusion_matrix(pred[got], y[got], K)
+    missed = torch.bincount(y[~got], minlength=K).cpu().numpy()
+    each, mean = f1(table, missed).tolist(), mean_f1(table, missed)
+    return {'f1': each, 'mean_f1': mean, 'confusion': table.tolist()}
 
 
 @torch.no_grad()
 def measure_classifier(ds, predict, encode, device='cpu', seed=0):
-    """(accuracy, F1 and confusion on the test set, as a dict for metrics.json; what to look at, as from measure).
+    """(accuracy, F1 and confusion on the test set, a dict for metrics.json; what to look at, as `measure`).
 
-    predict(x): class probabilities (B, K); encode(x): features (B, D). The test set is read once; without labels
-    for it nothing is measured, and what is to be looked at is 2,000 training images drawn by the seed.
+    predict(x): class probabilities (B, K); encode(x): features (B, D). The test set is read once; without
+    labels for it nothing is measured, and what is to be looked at is 2,000 training images drawn by the seed.
     """
     labelled = ds.x_test is not None and ds.y_test is not None
     x = ds.x_test if labelled else ds.x_train[sample(len(ds.x_train), 2000, seed)]
@@ -436,15 +439,17 @@ def measure_classifier(ds, predict, encode, device='cpu', seed=0):
 
 @torch.no_grad()
 def measure_clusters(ds, predict, encode, K, pred_train, device='cpu'):
-    """(ACC, NMI, ARI, purity, F1 and confusion of K clusters on the test set, as a dict for metrics.json; what to
-    look at, as from measure). Reads the test set once; without a labelled one it scores the training images.
+    """(ACC, NMI, ARI, purity, F1 and confusion of K clusters on the test set, as a dict for metrics.json;
+    what to look at, as `measure`). Reads the test set once; without a labelled one it scores the training
+    images.
 
     predict(x): cluster probabilities (B, K); encode(x): features (B, D); pred_train (N,): the clusters of the
-    training images. ACC and F1 name each cluster by Hungarian matching on the training labels (on the scored ones
-    if there are no others); images in clusters left unmatched count as wrong.
+    training images. ACC and F1 name each cluster by Hungarian matching on the training labels (on the scored
+    ones if there are no others); images in clusters left unmatched count as wrong.
     """
     known = torch.arange(len(pred_train)) if ds.y_train is None else ds.labelled()
-    pred_train, y_train = pred_train.cpu()[known], None if ds.y_train is None else ds.y_train[known]
+    y_train = None if ds.y_train is None else ds.y_train[known]
+    pred_train = pred_train.cpu()[known]
     use_test = _scores_test(ds)
     if use_test:
         x, y = ds.x_test, ds.y_test
@@ -462,9 +467,9 @@ def measure_clusters(ds, predict, encode, K, pred_train, device='cpu'):
                'live_clusters': int((sizes > 0).sum()), 'sizes': sizes.tolist()}
     if y is None:
         return {**metrics, 'left_out': ['ACC, NMI, ARI, purity: there are no labels']}, shown
-    by = (pred, y) if y_train is None else (pred_train, y_train)
-    mapping = hungarian_accuracy(*by)[1]
+    matched = (pred, y) if y_train is None else (pred_train, y_train)
+    mapping = hungarian_accuracy(*matched)[1]
     metrics['mapping'] = 'test' if y_train is None else 'training'
     shown.update(y=y[few], mapping=mapping)
-    metrics.update(_cluster_scores(pred, y, mapping), **_by_class(_to_classes(pred, mapping), y, len(ds.classes)))
-    return metrics, shown
+    classes = _to_classes(pred, mapping)
+    return {**metrics, **_cluster_scores(pred, y, mapping), **_by_class(classes, y, len(ds.classes))}, shown

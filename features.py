@@ -1,6 +1,6 @@
 """Features of images: encoded in chunks, compared by cosine, drawn in two dimensions.
 
-h (N, D) float features, ids and labels int64, all on one device. Nothing larger than a chunk is held beside them.
+h (N, D) float features, ids and labels int64, all on one device.
 """
 import math
 
@@ -10,15 +10,16 @@ import torch.nn.functional as F
 import data
 from device import generator, progress
 
-CHUNK = 1 << 24                                     # floats in the largest temporary matrix (64 MiB)
-GROUP = 64                                          # similarities whose largest is looked at first
+CHUNK = 1 << 24                     # similarities at once (64 MiB)
+GROUP = 64                          # similarities whose largest is looked at first
 
 
 @torch.no_grad()
 def in_chunks(f, x, size=None, ids=None, device=None):
-    """f of all uint8 images x (N, C, H, W), or of the rows `ids` of them, `size` at once: torch.cat of the results.
+    """f of the uint8 images x (N, C, H, W), or of their rows `ids`, `size` at once: torch.cat of the results.
 
-    f gets floats in 0..1 on the device, by default where x is. size: 1000 by default, fewer where images are large.
+    f gets floats in 0..1 on the device, by default where x is. size: 1000 by default, fewer where images are
+    large.
     """
     size = size or min(1000, 1 + (1 << 22) // math.prod(x.shape[1:]))
     ids = torch.arange(len(x)) if ids is None else ids
@@ -40,17 +41,17 @@ def sample(n, most, *key):
 # ------------------------------------------------------------------------------- nearest neighbours
 
 def most_similar(x, bank, k):
-    """(cosine similarities (N, k), descending, and rows) of the k rows of bank (M, D) most similar to each of x.
+    """(cosine similarities (N, k), descending, and rows) of the k rows of bank (M, D) nearest to each of x.
 
-    Fewer than k if the bank has fewer. The k largest of a row lie in the k groups of 64 whose maxima are largest,
-    so only those are sorted.
+    Fewer than k if the bank has fewer. The k largest of a row lie in the k groups of 64 with the largest
+    maxima, so only those are sorted.
     """
-    k, M = min(k, len(bank)), len(bank)
+    M, k = len(bank), min(k, len(bank))
     x = F.normalize(x.float(), dim=1)
     bank = F.pad(F.normalize(bank.float(), dim=1), (0, 0, 0, -M % GROUP))
     size = min(len(x), max(1, CHUNK // len(bank)))
-    buffer = x.new_empty(size, len(bank))                                  # new memory would cost a page fault a page
-    first = torch.arange(size, device=x.device).unsqueeze(1) * (len(bank) // GROUP)
+    buffer = x.new_empty(size, len(bank))           # new memory for each part would cost a page fault a page
+    first_group = torch.arange(size, device=x.device).unsqueeze(1) * (len(bank) // GROUP)
     update = progress('nearest neighbours', len(x))
     found = []
     for part in x.split(size):
@@ -60,7 +61,7 @@ def most_similar(x, bank, k):
         groups = similarities.view(-1, GROUP)
         maxima = groups.amax(1).view(n, -1)
         best = maxima.topk(min(k, maxima.shape[1]), dim=1).indices
-        candidates = groups[first[:n] + best].flatten(1)
+        candidates = groups[first_group[:n] + best].flatten(1)
         values, at = candidates.topk(k, dim=1)
         found.append((values, best.gather(1, at // GROUP) * GROUP + at % GROUP))
         update(len(found) * size)
@@ -71,7 +72,7 @@ def most_similar(x, bank, k):
 def neighbours(h, k):
     """Ids (N, k) of the k nearest rows of h (N, D) by cosine, without the row itself."""
     ids = most_similar(h, h, k + 1)[1]
-    itself = ids == torch.arange(len(h), device=h.device).unsqueeze(1)     # missing where k more are equal to it
+    itself = ids == torch.arange(len(h), device=h.device).unsqueeze(1)  # none if k more are equal to it
     order = itself.byte().argsort(dim=1, stable=True)
     return ids.gather(1, order)[:, :-1]
 
@@ -91,8 +92,8 @@ def knn(x_train, y_train, x_test, k=20, tau=0.07, classes=None):
 # ------------------------------------------------------------------------------ principal components
 
 def principal(h, k=2):
-    """First k principal components of a few thousand rows h (N, D), N >= k: (N, k) float32; 0 beyond D."""
-    centred = h.cpu().double()                                             # squares of any float32 stay finite
+    """First k principal components of a few thousand rows h (N, D), N >= k: (N, k) float32, 0 beyond D."""
+    centred = h.cpu().double()      # squares of any float32 stay finite
     centred = centred - centred.mean(0)
     values, vectors = torch.linalg.eigh(centred @ centred.T)
     components = vectors * values.clamp(min=0).sqrt()
@@ -102,29 +103,34 @@ def principal(h, k=2):
 def effective_rank(h):
     """exp of the entropy of the normalised singular values of centred h (N, D) (Roy & Vetterli 2007).
 
-    D when all directions carry the same, 1 when the features have collapsed to a line, nan if one is not finite.
+    D when all directions carry the same, 1 when the features have collapsed to a line, nan if one is not
+    finite.
     """
     if not h.isfinite().all():
         return math.nan
-    s = torch.linalg.svdvals((h - h.mean(0)).float().cpu())                # few devices have it
+    s = torch.linalg.svdvals((h - h.mean(0)).float().cpu())     # few devices have it
     p = s / s.sum().clamp(min=1e-12)
     return math.exp(-torch.xlogy(p, p).sum().item())
 
 
 # ------------------------------------------------- exact t-SNE (van der Maaten & Hinton, JMLR 2008)
 
+def squared_distances(x):
+    """(N, N) of the rows of x (N, D), which lie around 0."""
+    square = x.square().sum(1)
+    return torch.addmm(square, x, x.T, alpha=-2).add_(square.unsqueeze(1)).clamp_(min=0)
+
+
 def conditional(x, perplexity):
     """(N, N), row i: equation 1's p(j given i) of the rows of x (N, D). The diagonal is 0.
 
-    A Gaussian around x_i whose width, found by bisection, gives the row the perplexity: e to its entropy in nats.
+    A Gaussian around x_i whose width, found by bisection, gives the row the perplexity: e to its entropy in
+    nats.
     """
-    x = x - x.mean(0)                                                      # far from 0 the squares lose their digits
-    square = x.square().sum(1)
-    d = torch.addmm(square, x, x.T, alpha=-2) + square.unsqueeze(1)
-    d = d.clamp(min=0)
+    d = squared_distances(x - x.mean(0))            # far from 0 the squares would lose their digits
     d = d / d.mean().clamp(min=1e-30)
     d.fill_diagonal_(torch.inf)
-    d = d - d.amin(1, keepdim=True)                                        # the nearest has exp(0)
+    d = d - d.amin(1, keepdim=True)                 # the nearest has exp(0)
     d.fill_diagonal_(1e30)
     low = x.new_full((len(x), 1), -20.0)                                   # of log(1 / (2 sigma^2))
     high = x.new_full((len(x), 1), 50.0)
@@ -147,9 +153,7 @@ def joint(x, perplexity):
 
 def student_t(y):
     """(N, N): 1 / (1 + |y_i - y_j|^2), 0 on the diagonal; over its sum it is Q of equation 4."""
-    square = y.square().sum(1)
-    d = torch.addmm(square, y, y.T, alpha=-2) + square.unsqueeze(1)
-    return (1 + d.clamp(min=0)).reciprocal().fill_diagonal_(0)
+    return (1 + squared_distances(y)).reciprocal_().fill_diagonal_(0)
 
 
 def kl(P, y):

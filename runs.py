@@ -8,7 +8,6 @@ the old file or the new one.
 """
 import argparse
 import csv
-import difflib
 import io
 import json
 import math
@@ -127,11 +126,9 @@ def read_config(folder):
     folder = Path(folder)
     path = folder / 'config.json'
     if not path.exists():
-        others = sorted(p.parent for p in folder.parent.glob('*/config.json'))
-        near = difflib.get_close_matches(folder.name, [p.name for p in others], 1)
-        there = ', '.join(map(str, others[:10])) or 'none'
-        hint = f'did you mean {folder.with_name(near[0])}?' if near else f'the runs there: {there}'
-        raise ValueError(f'{folder} is not a run folder: it has no config.json; {hint}')
+        others = sorted(str(p.parent) for p in folder.parent.glob('*/config.json'))
+        raise ValueError(f'{folder} is not a run folder: it has no config.json; the runs there: '
+                         f'{", ".join(others[:20]) or "none"}')
     config = read_json(path)
     try:
         config['args']['method'], config['args']['seed'], config['data']['digest']
@@ -306,8 +303,8 @@ class Run:
                 aside = path.with_name(path.name.replace('labels', f'labels.{number}', 1))
                 os.replace(path, aside)
                 print(f'the labels given before are kept in {aside}')
-        for pattern in ('log.jsonl', 'metrics.json', 'report.html', '*.png', '*.pt', 'wanted.csv', 'labels.csv',
-                        'predictions.csv', 'clusters.csv'):
+        for pattern in ('log.jsonl', 'metrics.json', 'report.html', 'wanted.csv', 'labels.csv',
+                        'predictions.csv', 'clusters.csv', '*.png', '*.pt'):
             for path in self.folder.glob(pattern):
                 path.unlink()
         shutil.rmtree(self.folder / 'tensorboard', ignore_errors=True)

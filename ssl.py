@@ -8,12 +8,10 @@ if __name__ == 'ssl':   # imported, not run: torch, urllib and pip mean the stan
 
 else:
     import argparse
-    import difflib
     import errno
     import os
     import signal
     import sys
-    import unicodedata
     from pathlib import Path
 
     # ------------------------------------------------------------------- methods and their defaults
@@ -89,29 +87,6 @@ else:
             raise argparse.ArgumentTypeError('it is empty; wanted a path')
         return Path(text).as_posix()
 
-    def class_names(text):
-        """Type of --classes: 'a,b,c', none empty or twice."""
-        names = [unicodedata.normalize('NFC', name.strip()) for name in text.split(',')]
-        shown = text.replace('\u200c', '').replace('\u200d', '')    # joiners, as in Persian, Hindi and emoji
-        if not all(names) or len(set(names)) < len(names) or not shown.isprintable():
-            raise argparse.ArgumentTypeError(f'{text!r} is not understood; wanted different names as in '
-                                             'cat,dog,other')
-        return ','.join(names)
-
-    def nearest(text, names):
-        """'did you mean X? ' of the name nearest to a misspelt one, or nothing."""
-        near = difflib.get_close_matches(text.lower(), names, 1)
-        return f'did you mean {near[0]}? ' if near else ''
-
-    def choice(*names):
-        """Type of a flag: one of the names; a misspelt one is answered with the nearest."""
-        def parse(text):
-            if text not in names:
-                raise argparse.ArgumentTypeError(f'{text!r} is not known; {nearest(text, names)}'
-                                                 f'wanted one of {", ".join(names)}')
-            return text
-        return parse
-
     def span(text):
         """Type of --over: 'lr=1e-4:1e-2' -> ('lr', '1e-4', '1e-2')."""
         key, _, ends = text.partition('=')
@@ -124,11 +99,11 @@ else:
 
     # ------------------------------------------------------------------------------------- the flags
 
-    # Each flag: its name, its type (or argparse's options), its help.
+    # Each flag: its name, its type (or the names that it takes, or argparse's options), its help.
 
     FLAGS = {
         'what to do': [
-            ('--method', choice(*ABOUT), 'train it (the last three have nothing to train) and measure it: '
+            ('--method', tuple(ABOUT), 'train it (the last three have nothing to train) and measure it: '
              + ', '.join(f'{k} = {v}' for k, v in ABOUT.items())),
             ('--evaluate', path, 'measure a finished RUN again'),
             ('--compare', dict(nargs='*', metavar='RUN'), 'print one table of these runs, all finished ones '
@@ -165,7 +140,7 @@ else:
              'packages tensorboard and pillow'),
         ],
         'network': [
-            ('--net', choice('fc', 'conv', 'resnet'), 'encoder: fc, conv or resnet'),
+            ('--net', ('fc', 'conv', 'resnet'), 'encoder: fc, conv or resnet'),
             ('--width', number(float, 0.1, 32), 'scales the units or channels of every layer'),
             ('--latent', number(int, 0, 4096), 'number of features; 0 (simclr, random): those of the '
              'average-pooled map'),
@@ -184,7 +159,7 @@ else:
             ('--noise', number(float, 0, 10), 'std of noise added to the input (ae, conv: denoising) or to '
              'each view, on the 0..1 scale'),
             ('--beta', number(float, 0, 1e6), 'weight of the KL term'),
-            ('--likelihood', choice('bernoulli', 'gaussian'), 'of a pixel: bernoulli or gaussian'),
+            ('--likelihood', ('bernoulli', 'gaussian'), 'of a pixel: bernoulli or gaussian'),
             ('--temperature', number(float, 0.001, 100), 'of NT-Xent'),
             ('--recon', number(float, 0, 1e6), 'weight of the squared error of a decoder beside NT-Xent; 0: '
              'no decoder'),
@@ -195,7 +170,7 @@ else:
             ('--encoder', path, 'finished run whose encoder to start from; without it from scratch'),
             ('--labels', number(float, 0, 1e9, above=True), 'how many labels to pay for, or below 1 their '
              'share'),
-            ('--pick', choice('random', 'coverage', 'informative'), 'which: random, coverage (classify: '
+            ('--pick', ('random', 'coverage', 'informative'), 'which: random, coverage (classify: '
              'k-means medoids of the features) or informative (query: where its errors are)'),
             ('--freeze', YES_NO, 'train only the head; the encoder keeps every bit'),
             ('--mixup', number(float, 0, 100), 'alpha of mixup; 0 is none'),
@@ -203,10 +178,10 @@ else:
              'the time'),
         ],
         'queries': [
-            ('--oracle', choice('data', 'web', 'file'), 'who answers: data (y_train), web (you, on a page '
+            ('--oracle', ('data', 'web', 'file'), 'who answers: data (y_train), web (you, on a page '
              'that it serves to this machine alone) or file (an --answers CSV)'),
             ('--answers', path, 'CSV of lines id or file name, class; for --oracle file'),
-            ('--classes', class_names, 'what the classes are called, as in cat,dog,other; needed where no '
+            ('--classes', {}, 'what the classes are called, as in cat,dog,other; needed where no '
              'labels of the data tell'),
             ('--port', number(int, 0, 65535), 'of the page; 0: any that is free'),
             ('--budget', COUNT, 'how many labels to pay for at most'),
@@ -256,6 +231,8 @@ else:
         for title, flags in FLAGS.items():
             group = p.add_argument_group(title)
             for name, kind, help in flags:
+                if isinstance(kind, tuple):
+                    kind = {'choices': kind, 'metavar': 'NAME'}
                 options = kind if isinstance(kind, dict) else {'type': kind, 'metavar': 'X'}
                 help += default_text(name.strip('-').replace('-', '_'))
                 group.add_argument(name, help=help.replace('%', '%%'), **options)
@@ -270,12 +247,7 @@ else:
         """(args with every default filled in, dict of what was typed, defaults); exits with a sentence on a
         mistake."""
         parser = make_parser()
-        typed, unknown = parser.parse_known_args(argv)
-        typed = vars(typed)
-        if unknown:
-            flags = [option for action in parser._actions for option in action.option_strings]
-            near = nearest(unknown[0].split('=')[0], flags) or 'see --help'
-            parser.error(f'{unknown[0]} is not known; {near}'.strip())
+        typed = vars(parser.parse_args(argv))
         command = next((key for key in COMMANDS if key in typed), None)
         method = typed.get('method', 'simclr' if command == 'show_views' else None)
         if method is None and command is None:
@@ -341,31 +313,25 @@ else:
 
     def check_search(parser, method, typed):
         """--search needs a score, --over numeric flags of the method. Fills in their ends as numbers."""
-        if method not in ('ae', 'conv', 'vae', 'simclr', 'classify', 'query'):
-            parser.error(f'--search has no score for --method {method}')
-        if typed.get('oracle', 'data') != 'data':
-            parser.error(f'--search would ask for labels in every trial; '
-                         f'leave --oracle {typed["oracle"]} out')
-        if 'tensorboard' in typed:
-            parser.error('--tensorboard does nothing with --search')
+        scored = 'ae', 'conv', 'vae', 'simclr', 'classify', 'query'
+        if method not in scored or typed.get('oracle', 'data') != 'data':
+            parser.error(f'--search has no score here: it is for {", ".join(scored)}, with --oracle data')
         types = {action.dest: action.type for action in parser._actions}
         numeric = [key for key in DEFAULTS[method] if 'number' in getattr(types.get(key), '__qualname__', '')]
+        if method != 'simclr':                             # it is scored by the loss, which these change
+            numeric = [key for key in numeric if key not in ('beta', 'noise')]
         for i, (key, *ends) in enumerate(typed['over']):
             over = '--over ' + key.replace('_', '-')
-            if key not in numeric:
-                near = nearest(key, numeric).replace('_', '-') or 'see --help'
-                parser.error(f'{over} is no numeric flag of --method {method}; {near}'.strip())
+            if key not in numeric or key in typed:
+                parser.error(f'{over}: wanted one of {", ".join(numeric)}, not given as a flag too')
             try:
                 low, high = map(types[key], ends)
             except argparse.ArgumentTypeError as e:
                 parser.error(f'{over}: {e}')
-            if key == 'labels' and low >= 1:                            # a number of them, not a share
+            if not low < high:
+                parser.error(f'{over} wants a lower end and a higher one')
+            if key == 'labels' and low >= 1:               # a number of them, not a share
                 low, high = round(low), round(high)
-            if key in typed or not low < high:
-                parser.error(f'{over} ' + ('is also given as a flag' if key in typed else
-                                           'wants a lower end and a higher one'))
-            if key in ('beta', 'noise', 'temperature') and method != 'simclr':
-                parser.error(f'{over}: losses at different {key} can not be compared')
             typed['over'][i] = key, low, high
 
     # ----------------------------------------------------------------------------------------- main
