@@ -3,6 +3,7 @@
 Batched, on the device of the images, for any number of channels, height and width. Every random number comes
 from the generator g, so a view is a function of its images and the generator's key.
 """
+import functools
 import itertools
 import math
 import random
@@ -113,8 +114,15 @@ def grey(x):
     """Luma (ITU-R 601) of (B, 3, H, W), or x itself on one channel -> (B, 1, H, W)."""
     if x.shape[1] == 1:
         return x
-    weights = x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    return (x * weights).sum(1, keepdim=True)
+    luma = yiq_matrices(x.device)[0][0].view(3, 1, 1)
+    return (x * luma).sum(1, keepdim=True)
+
+
+@functools.cache
+def yiq_matrices(device):
+    """(from RGB to YIQ, back), made once: a copy to a GPU would wait for all that was asked of it."""
+    yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    return yiq.to(device), torch.linalg.inv(yiq).to(device)
 
 
 def factor(x, strength, g):
@@ -135,9 +143,7 @@ def saturation(x, strength, g):
 
 
 def hue(x, strength, g):
-    yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    to_yiq = yiq.to(x.device)
-    to_rgb = torch.linalg.inv(yiq).to(x.device)                # inverted on the CPU: no wait for the device
+    to_yiq, to_rgb = yiq_matrices(x.device)
     angle = uniform(g, x, -1, 1) * (strength / 4 * 2 * math.pi)
     cos, sin = angle.cos(), angle.sin()
     one, zero = torch.ones_like(angle), torch.zeros_like(angle)

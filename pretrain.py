@@ -54,7 +54,7 @@ def contrastive(model, x, g, temperature=0.2, views=None, recon=0.0, other=None)
     z1, z2 = map(distributed.gather, model.head(h).chunk(2))
     own = torch.arange(B, device=x.device) + (B * distributed.rank() if len(z1) > B else 0)
     loss = losses.nt_xent(z1, z2, temperature, own)
-    parts = {'chance': x.new_tensor(math.log(max(1, 2 * len(z1) - 1)))}
+    parts = {'chance': x.new_full((), math.log(max(1, 2 * len(z1) - 1)))}
     if recon:
         parts['recon'] = losses.mse(model.decode(h[:B]), x)
         loss = loss + recon * parts['recon']
