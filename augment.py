@@ -4,7 +4,6 @@ Batched, on the device of the images, for any number of channels, height and wid
 from the generator g, so a view is a function of its images and the generator's key.
 """
 import functools
-import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -87,12 +86,13 @@ def fixed_views(x, crop, flip):
     yield x
     if flip:
         yield x.flip(3)
-    side = 0.96
-    corners = itertools.product((side - 1, 1 - side), repeat=2) if crop else ()
-    for dx, dy in corners:
-        mirror = -1 if flip and dx != dy else 1
-        theta = x.new_tensor([[mirror * side, 0, dx], [0, side, dy]])
-        yield resample(x, theta.expand(len(x), 2, 3))
+    if not crop:
+        return
+    for dx in -0.04, 0.04:
+        for dy in -0.04, 0.04:
+            mirror = -1 if flip and dx != dy else 1
+            theta = x.new_tensor([[mirror * 0.96, 0, dx], [0, 0.96, dy]])
+            yield resample(x, theta.expand(len(x), 2, 3))
 
 
 def color_jitter(x, strength, g):

@@ -5,8 +5,7 @@
 
 The candidates of a part are warmed up, then take turns, A B A B, so that a drift of the machine meets them
 alike; the median stands with its range. FLOPs are counted from what ran. The limit is the best rate that
-torch's own matrix products and convolutions reach here in the same precision. On a GPU (--device cuda) sizes
-are larger and CUDA events take the times; that has never been tried.
+torch's own matrix products and convolutions reach here in the same precision.
 """
 import argparse
 import contextlib
@@ -16,9 +15,8 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -33,7 +31,6 @@ import features
 import losses
 import nets
 import pretrain
-import query
 import report
 import runs
 import train
@@ -43,15 +40,14 @@ import train
 class Setup:
     device: torch.device
     amp: bool                                           # networks run in bfloat16
-    quick: bool                                         # only to see it run
+    scale: float = 1.0                                  # of all sizes
 
-    def size(self, n, gpu=1):
-        """n on a CPU, gpu times as many on a GPU, to fill it; an eighth if quick."""
-        n = n * gpu if self.device.type == 'cuda' else n
-        return n // 8 if self.quick else n
+    def size(self, n):
+        return round(n * self.scale)
 
 
-class Part(NamedTuple):
+@dataclass
+class Part:
     amount: int                                         # of units that a call handles; None: its GFLOP
     unit: str
     calls: dict                                         # {candidate: function to time}, ours first
@@ -71,10 +67,11 @@ class Row:
 
 def limit(setup, amp):
     like = {'device': setup.device, 'dtype': torch.bfloat16 if amp else torch.float32}
-    a, b = torch.rand(2, *[setup.size(4096, gpu=2)] * 2, **like)
-    calls = {f'{len(a)} x {len(a)} matrices': lambda: a @ b}
+    n = setup.size(4096)
+    a, b = torch.rand(2, n, n, **like)
+    calls = {f'{n} x {n} matrices': lambda: a @ b}
     for channels, side in (64, 28), (128, 14), (256, 7):
-        x = torch.rand(setup.size(512, gpu=8), channels, side, side, **like)
+        x = torch.rand(setup.size(512), channels, side, side, **like)
         x = x.to(memory_format=nets.layout(setup.device))
         weight = torch.rand(channels, channels, 3, 3, **like)
         calls[f'3 x 3 convolution of {tuple(x.shape)}'] = partial(F.conv2d, x, weight, padding=1)
@@ -83,7 +80,6 @@ def limit(setup, amp):
 
 # ------------------------------------------------------------------------------- epochs of training
 
-@cache
 def images(n):
     return data.load('fashion-mnist').x_train[:n]
 
@@ -97,28 +93,23 @@ def arguments(setup, method):
 
 
 def network(setup, args):
-    config = {'args': vars(args), 'data': {'shape': (1, 28, 28), 'classes': range(10)}}
+    config = {'args': vars(args), 'data': {'shape': (1, 28, 28)}}
     return runs.initial_model(config, setup.device)
 
 
 def epoch(setup, method, n):
     """One epoch of a method, as train.py does it."""
-    args, few = arguments(setup, method), images(setup.size(n))
-    x = data.Images(few, setup.device)
-    model, follow = network(setup, args), None
-    if method == 'query':
-        labelled = x.at(torch.arange(500)), torch.arange(500, device=setup.device) % 10
-        objective = partial(query.consistency, labelled=labelled, views=pretrain.views_of(args))
-        follow = partial(model.follow, args.ema)
-    else:
-        objective = pretrain.objective_of(args)
-    trainer = train.Trainer(model, runs.SilentRun('bench'), train.Settings.of(args))
+    args = arguments(setup, method)
+    x = images(setup.size(n))
+    trainer = train.Trainer(network(setup, args), runs.SilentRun('bench'), train.Settings.of(args))
+    resident, objective = data.Images(x, setup.device), pretrain.objective_of(args)
 
     def ours():
-        trainer.fit(objective, x, last=trainer.epoch, of=1000, after_step=follow)
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.fit(objective, resident, last=trainer.epoch, of=1000)
     calls = {'ours': ours}
     if method == 'simclr':
-        calls['torchvision'] = partial(loader_epoch, setup, network(setup, args), few)
+        calls['torchvision'] = partial(loader_epoch, setup, network(setup, args), x)
     return Part(len(x), 'images', calls, args.amp)
 
 
@@ -149,15 +140,9 @@ def loader_epoch(setup, model, x):
 def two_views(setup):
     x = images(512)
     pairs = data.to_float(x.to(setup.device)).repeat(2, 1, 1, 1)
-    views, g = pretrain.views_of(arguments(setup, 'simclr')), device.generator(setup.device, 0)
-
-    def kornia():
-        import kornia.augmentation as k
-        k.AugmentationSequential(
-            k.RandomResizedCrop((28, 28), (0.3, 1), p=1.0), k.RandomHorizontalFlip(),
-            k.RandomRotation(10.0, p=1.0), k.RandomBrightness((0.6, 1.4), p=1.0),
-            k.RandomContrast((0.6, 1.4), p=1.0))(pairs)
-    return Part(512, 'images', {'ours': lambda: augment.augment(pairs, views, g), 'kornia': kornia,
+    views = pretrain.views_of(arguments(setup, 'simclr'))
+    g = device.generator(setup.device, 0)
+    return Part(512, 'images', {'ours': lambda: augment.augment(pairs, views, g),
                                 'torchvision': lambda: torchvision_views(x, range(512))})
 
 
@@ -173,38 +158,13 @@ def nt_xent(setup, B):
     def lightly():
         from lightly.loss import NTXentLoss
         NTXentLoss(0.2)(z1, z2).backward()
-    return Part(B, 'images', {'ours': lambda: losses.nt_xent(z1, z2, 0.2).backward(), 'lightly': lightly,
+    return Part(B, 'images', {'ours': lambda: losses.nt_xent(z1, z2, 0.2).backward(),
+                              'lightly': lightly,
                               'textbook': lambda: textbook_nt_xent(z1, z2).backward()})
 
 
-def ssim(setup):
-    x = data.to_float(images(setup.size(10000)).to(setup.device))
-    y = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
-
-    def pytorch_msssim():
-        from pytorch_msssim import ssim
-        ssim(x, y, data_range=1.0, size_average=False)
-
-    def skimage():
-        from skimage.metrics import structural_similarity
-        for a, b in zip(x[:, 0].cpu().numpy(), y[:, 0].cpu().numpy()):
-            structural_similarity(a, b, data_range=1.0, gaussian_weights=True, sigma=1.5,
-                                  use_sample_covariance=False)
-    return Part(len(x), 'pairs', {
-        'ours': lambda: [evaluate.ssim(a, b) for a, b in zip(x.split(1000), y.split(1000))],
-        'pytorch-msssim': pytorch_msssim, 'scikit-image': skimage})
-
-
-def like_features(n, setup):
-    """n rows of 256 numbers like an encoder's: clusters that overlap."""
-    g = device.generator('cpu', n)
-    centres = torch.randn(50, 256, generator=g)
-    x = centres[torch.randint(50, (n,), generator=g)] + 1.5 * torch.randn(n, 256, generator=g)
-    return x.to(setup.device)
-
-
 def kmeans(setup, k):
-    x = like_features(setup.size(60000), setup)
+    x = torch.randn(setup.size(60000), 256, device=setup.device)
     rows = x.cpu().numpy()
 
     def sklearn():
@@ -218,37 +178,36 @@ def kmeans(setup, k):
         kmeans.assign(rows)
     return Part(10 * len(x), 'rows', {
         'ours': lambda: evaluate.kmeans(x, k, iterations=10, tol=-1, centres=x[:k].clone()),
-        'scikit-learn': sklearn, 'faiss': faiss})
+        'scikit-learn': sklearn,
+        'faiss': faiss})
 
 
 def knn(setup):
-    bank, x = (F.normalize(like_features(setup.size(n), setup), dim=1) for n in (60000, 10000))
+    bank, x = (F.normalize(torch.randn(setup.size(n), 256, device=setup.device)) for n in (60000, 10000))
     y = torch.arange(len(bank), device=setup.device) % 10
-    rows, labels, new = bank.cpu().numpy(), y.cpu().numpy(), x.cpu().numpy()
-
-    def sklearn():
-        from sklearn.neighbors import KNeighborsClassifier
-        KNeighborsClassifier(20, algorithm='brute', weights='distance').fit(rows, labels).predict(new)
+    rows, new = bank.cpu().numpy(), x.cpu().numpy()
 
     def faiss():
         import faiss
         index = faiss.IndexFlatIP(256)
         index.add(rows)
-        s, i = map(torch.from_numpy, index.search(new, 20))
-        torch.zeros(len(new), 10).scatter_add_(1, y.cpu()[i], (s / 0.07).exp()).argmax(1)
-    return Part(len(x), 'rows', {'ours': lambda: features.knn(bank, y, x), 'scikit-learn': sklearn,
-                                 'faiss': faiss})
+        index.search(new, 20)
+    return Part(len(x), 'rows', {'ours': lambda: features.knn(bank, y, x), 'faiss': faiss})
 
 
 LIMITS = {False: 'limit, float32', True: 'limit, bfloat16'}
 PARTS = {                                               # name: function(setup) -> Part
-    **{name: partial(limit, amp=amp) for amp, name in LIMITS.items()},
-    **{f'epoch of {method}': partial(epoch, method=method, n=n)
-       for method, n in dict(ae=60000, conv=8192, vae=8192, simclr=10240, query=5120).items()},
+    LIMITS[False]: partial(limit, amp=False),
+    LIMITS[True]: partial(limit, amp=True),
+    'epoch of ae': partial(epoch, method='ae', n=60000),
+    'epoch of conv': partial(epoch, method='conv', n=8192),
+    'epoch of vae': partial(epoch, method='vae', n=8192),
+    'epoch of simclr': partial(epoch, method='simclr', n=10240),
     'two views of 512 images': two_views,
-    **{f'NT-Xent, B = {B:,}': partial(nt_xent, B=B) for B in (512, 4096)},
-    'SSIM of 10,000 pairs': ssim,
-    **{f'k-means, 60,000 x 256, k = {k:,}, 10 iterations': partial(kmeans, k=k) for k in (10, 100, 1000)},
+    'NT-Xent, B = 512': partial(nt_xent, B=512),
+    'NT-Xent, B = 4,096': partial(nt_xent, B=4096),
+    'k-means, 60,000 x 256, k = 10, 10 iterations': partial(kmeans, k=10),
+    'k-means, 60,000 x 256, k = 1,000, 10 iterations': partial(kmeans, k=1000),
     'kNN, 10,000 against 60,000 x 256': knn}
 
 
@@ -259,45 +218,40 @@ def plain_convolution(x, weight, stride, padding):
 
 
 def prepare(name, call):
-    """The candidate's Row, with its FLOPs counted, and warm; None and a line on stderr if it can't be had."""
+    """The candidate's Row, with its FLOPs counted, and warm; None if its package is not installed."""
+    counter = FlopCounterMode(display=False)
     try:
-        with FlopCounterMode(display=False) as counter, \
-                mock.patch.object(nets.NarrowConv, 'apply', plain_convolution):     # its zeros are no work
+        with counter, mock.patch.object(nets.NarrowConv, 'apply', plain_convolution):    # zeros are no work
             call()
-        call()
-    except Exception as e:                              # other packages may fail in any way
-        print(f'left out: {name} ({" ".join(str(e).split())[:80]})', file=sys.stderr)
+    except ImportError as e:
+        print(f'left out: {name} ({e})', file=sys.stderr)
         return None
+    call()
     return Row(name, call, counter.get_total_flops())
 
 
-def timed(call, times, setup):
+def timed(call, times, cuda=False):
     """Seconds of a call, a mean over so many."""
-    on_gpu = setup.device.type == 'cuda'
-    if on_gpu:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
     began = time.perf_counter()
     for _ in range(times):
         call()
-    took = time.perf_counter() - began
-    if on_gpu:
-        end.record()
+    if cuda:
         torch.cuda.synchronize()
-        took = start.elapsed_time(end) / 1000
-    return took / times
+    return (time.perf_counter() - began) / times
 
 
 def measure(part, setup, peers, repeats):
     """Rows of a part's candidates, which take turns of 0.2 s or of one call."""
+    cuda = setup.device.type == 'cuda'
     names = [name for name in part.calls if peers or name == 'ours' or part.amount is None]
     rows = [row for name in names if (row := prepare(name, part.calls[name]))]
     for _ in range(repeats):
         for row in rows:
             time.sleep(0.1)                             # threads of the one before go to sleep
-            once = timed(row.call, 1, setup)
-            times = 1 if setup.quick else round(0.2 / once)
-            row.seconds.append(timed(row.call, times, setup) if times > 1 else once)
+            seconds = timed(row.call, 1, cuda)
+            if seconds < 0.1:
+                seconds = timed(row.call, round(0.2 / seconds), cuda)
+            row.seconds.append(seconds)
     return rows
 
 
@@ -321,29 +275,22 @@ def table(measured):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('words', nargs='*', metavar='WORD', help='only the limits and the parts with one of these '
-                   'in their names')
-    p.add_argument('--peers', action='store_true', help='beside torchvision, kornia, lightly, '
-                   'pytorch-msssim, scikit-image, scikit-learn and faiss')
-    p.add_argument('--quick', action='store_true', help='small sizes and one turn, to see it run')
+    p.add_argument('words', nargs='*', metavar='WORD', help='only parts with one of these in the name')
+    p.add_argument('--peers', action='store_true', help='beside torchvision, lightly, scikit-learn and faiss')
+    p.add_argument('--scale', type=float, default=1.0, help='of all sizes, for instance 8 to fill a GPU')
     p.add_argument('--repeats', type=int, default=5, metavar='N', help='turns (default: 5)')
     p.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
     args = p.parse_args(argv)
     device.limit_threads()
     device.keep_memory()
     where = device.pick_device(args.device)
-    setup, repeats = Setup(where, device.amp_by_default(where), args.quick), 1 if args.quick else args.repeats
+    setup = Setup(where, device.amp_by_default(where), args.scale)
     measured = {}
     for name, make in PARTS.items():
         if name in LIMITS.values() or not args.words or any(word in name for word in args.words):
-            try:
-                with contextlib.redirect_stdout(io.StringIO()):         # what training says
-                    part = make(setup)
-                    measured[name] = part, measure(part, setup, args.peers, repeats)
-            except OSError as e:                        # no images, and no network to download them
-                print(f'left out: {name} ({e})', file=sys.stderr)
-    on = 'a GPU, which has never been tried' if where.type == 'cuda' else f'{torch.get_num_threads()} threads'
-    print(f'torch {torch.__version__} on {on}, {repeats} turns, networks in '
+            part = make(setup)
+            measured[name] = part, measure(part, setup, args.peers, args.repeats)
+    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {args.repeats} turns, networks in '
           f'{"bfloat16" if setup.amp else "float32"}\n\n{table(measured)}')
 
 

@@ -2,7 +2,6 @@
 import argparse
 import io
 import math
-import sqlite3
 import sys
 from pathlib import Path
 
@@ -37,8 +36,6 @@ def main(args, typed, defaults):
         if distributed.rank() == 0:
             print(f'{e}; saved. Type the same command with --resume to continue.')
         return 130
-    except sqlite3.Error as e:
-        raise OSError(f'the labels could not be read or written ({e}); --resume continues') from None
     except (RuntimeError, MemoryError) as e:
         raise advice(e) from None
     return 0
@@ -93,7 +90,7 @@ def run_name(method, typed, defaults):
 
 def start_device(args):
     """The device of this process, set up; joins the other processes, if there are any."""
-    set_deterministic(bool(getattr(args, 'deterministic', False)))
+    set_deterministic(args.deterministic)
     limit_threads()
     keep_memory()
     return distributed.start(pick_device(args.device))
@@ -101,18 +98,15 @@ def start_device(args):
 
 def load_data(args):
     classes = args.classes.split(',') if getattr(args, 'classes', None) else None
-    return data.load(args.data, args.limit, classes, getattr(args, 'size', None))
+    return data.load(args.data, args.limit, classes, args.size)
 
 
 def train_and_measure(args, typed):
     """One run from the first byte to metrics.json; returns the score if it is a trial of --search."""
     folder, module = Path('runs') / args.name, MODULES.get(args.method, pretrain)
     resumed = args.resume and (folder / 'config.json').exists()
-    if resumed:                                                 # its data, unless other was typed
-        before = runs.read_config(folder)['args']
-        for key in ('data', 'limit', 'classes', 'size', 'deterministic'):
-            if key in before and key not in typed:
-                setattr(args, key, before[key])
+    if resumed:
+        args = continued(args, typed, folder)
     device = start_device(args)
     ds = load_data(args)
     if not resumed:
@@ -121,17 +115,25 @@ def train_and_measure(args, typed):
     if 'amp' in args and args.amp is None:
         args.amp = getattr(args, 'net', '') != 'fc' and amp_by_default(device)
     run = open_run_folder(folder, args, typed, ds, device)
-    args = argparse.Namespace(**run.config['args'])
-    if run.is_finished and not args.search:
-        print(f'{run.folder} is already finished; --evaluate {run.folder} measures it again')
-    elif run.is_finished:
-        return runs.read_json(run.folder / 'metrics.json')['score']
-    else:
-        model = module.learn(run, args, ds, device)
+    args = argparse.Namespace(**run.config['args'])             # the same on every rank
+    if run.is_finished:
         if args.search:
-            return keep_score(run, args, *module.validation_score(run, args, ds, model, device))
-        if distributed.rank() == 0:
-            module.measure(run, args, ds, model, device)
+            return runs.read_json(run.folder / 'metrics.json')['score']
+        print(f'{run.folder} is already finished; --evaluate {run.folder} measures it again')
+        return
+    model = module.learn(run, args, ds, device)
+    if args.search:
+        return keep_score(run, args, *module.validation_score(run, args, ds, model, device))
+    if distributed.rank() == 0:
+        module.measure(run, args, ds, model, device)
+
+
+def continued(args, typed, folder):
+    """The arguments of a run that is resumed: those it was started with, and what was typed."""
+    before = runs.read_config(folder)['args']
+    now = {key: value for key, value in vars(args).items()
+           if key in typed or key in runs.NOT_IN_IDENTITY - {'data', 'answers'}}
+    return argparse.Namespace(**{**vars(args), **before, **now})
 
 
 def fit_to_size(args, typed, n):
@@ -242,7 +244,6 @@ def evaluate(args):
     ds = data_of(folder, network.config, args.data)
     network.args.tensorboard = network.config['args']['tensorboard'] = args.tensorboard
     run = runs.Run(folder, network.config, resume=True)
-    run.config = network.config
     MODULES.get(network.args.method, pretrain).measure(run, network.args, ds, network.model, network.device)
 
 

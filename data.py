@@ -30,7 +30,7 @@ from device import free_memory, generator, progress
 
 KNOWN = 'fashion-mnist', 'stl10', 'cifar10'             # data sets that are downloaded
 SHARED = Path('/usr/share/datasets')                    # where Debian's dataset-fashion-mnist installs
-IDX_TYPES = {0x08: '>u1', 0x09: '>i1', 0x0B: '>i2', 0x0C: '>i4', 0x0D: '>f4', 0x0E: '>f8'}
+IDX_MAGIC = b'\0\0\x08'                                # of an IDX file of uint8
 IDX_NAMES = {'x_train': 'train-images-idx3-ubyte', 'y_train': 'train-labels-idx1-ubyte',
              'x_test': 't10k-images-idx3-ubyte', 'y_test': 't10k-labels-idx1-ubyte'}
 NPZ_NAMES = {'train_images': 'x_train', 'train_labels': 'y_train',      # as in MedMNIST
@@ -47,12 +47,9 @@ def naming(path):
     try:
         yield
     except Exception as e:
-        text = ' '.join(str(e).split())
-        if isinstance(e, OSError) and e.filename:
-            text = f'{e.filename}: {e.strerror}'
-        elif not isinstance(e, ValueError):
-            text = f'{type(e).__name__}: {text}'
-        raise ValueError(text if text.startswith(str(path)) else f'{path}: {text}') from e
+        text = str(e) if isinstance(e, (OSError, ValueError)) else repr(e)
+        text = ' '.join(text.split())
+        raise ValueError(text if str(path) in text else f'{path}: {text}') from e
 
 
 def note(text):
@@ -66,15 +63,6 @@ def check_memory(size):
     free = free_memory(torch.device('cpu'))
     if size > free:
         raise ValueError(f'asks for {size:,} bytes, and memory has {free:,} free')
-
-
-def class_name(text):
-    """The name of a class as it is kept and compared: NFC, stripped. ValueError if it can't be shown."""
-    name = unicodedata.normalize('NFC', text.strip())
-    without_joiners = name.replace('\u200c', '').replace('\u200d', '')      # Persian, Hindi, emoji have them
-    if not without_joiners or not without_joiners.isprintable():
-        raise ValueError(f'{text!r} is no class name; wanted a line of printable characters')
-    return name
 
 
 # ------------------------------------------------------------------------------------------ data sets
@@ -105,8 +93,11 @@ class Dataset:
         """SHA-256 of all images; labels don't count."""
         sha = hashlib.sha256()
         for x in self.x_train, self.x_test:
-            sha.update(b'none' if x is None else str(tuple(x.shape)).encode())
-            for start in range(0, 0 if x is None else len(x), 1000):    # never all of a memory map at once
+            if x is None:
+                sha.update(b'none')
+                continue
+            sha.update(str(tuple(x.shape)).encode())
+            for start in range(0, len(x), 1000):            # never all of a memory map at once
                 sha.update(x[start:start + 1000].numpy())
         return sha.hexdigest()
 
@@ -179,17 +170,15 @@ def make_dataset(name, arrays, limit=None, classes=None):
         x_test = to_images('x_test', arrays['x_test'])
         y_test = to_labels('y_test', arrays.get('y_test'), len(x_test), least=0)
         if x_test.shape[1:] != x_train.shape[1:]:
-            raise ValueError(f'x_test holds images {tuple(x_test.shape[1:])}, x_train '
-                             f'{tuple(x_train.shape[1:])}; wanted the same shape')
+            raise ValueError('x_test holds images of another shape than x_train')
     ids, classes = name_classes([y_train, y_test], classes or arrays.get('classes'))
-
-    def dense(y):
-        return None if y is None else torch.from_numpy(np.where(y < 0, -1, np.searchsorted(ids, y)))
-
     if limit:
         x_train = x_train[:limit]
-        y_train = None if y_train is None else y_train[:limit]
-    return Dataset(name, x_train, dense(y_train), x_test, dense(y_test), classes, ids,
+
+    def dense(y, n):
+        return None if y is None else torch.from_numpy(np.where(y < 0, -1, np.searchsorted(ids, y)))[:n]
+
+    return Dataset(name, x_train, dense(y_train, limit), x_test, dense(y_test, None), classes, ids,
                    arrays.get('names_train'), arrays.get('names_test'))
 
 
@@ -198,13 +187,13 @@ def name_classes(labels, names=None):
     ids = sorted({i for y in labels if y is not None for i in np.unique(y).tolist() if i >= 0})
     if not names:
         return ids, [str(i) for i in ids]
-    names = [class_name(name) for name in names]
-    if len(set(names)) < len(names):
-        raise ValueError(f'{", ".join(names)} names a class twice')
+    names = [unicodedata.normalize('NFC', name.strip()) for name in names]
+    if '' in names or len(set(names)) < len(names):
+        raise ValueError(f'{",".join(names)} names a class twice or leaves a name empty')
     if len(names) > len(ids) and max(ids, default=0) < len(names):
         ids = list(range(len(names)))
     if len(names) != len(ids):
-        raise ValueError(f'{len(names)} classes are named, and the labels have {len(ids)}, up to {ids[-1]}')
+        raise ValueError(f'{len(names)} classes are named, and the labels have {len(ids)}')
     return ids, names
 
 
@@ -218,27 +207,16 @@ def to_images(what, x, least=1):
     if isinstance(x, MappedImages):
         return x
     if x.ndim == 3:
-        x = x[..., None]
-    if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
-        note(f'{what}: read as (N, C, H, W)')
-        x = x.transpose(0, 2, 3, 1)
+        x = x[:, None]
+    elif x.ndim == 4 and x.shape[3] in (1, 3):
+        x = x.transpose(0, 3, 1, 2)
     if x.dtype.kind == 'f' and x.min() >= 0 and x.max() <= 1:
-        note(f'{what}: read as floats from 0 to 1')
         x = np.rint(x * 255).astype(np.uint8)
-    mend = None
-    if x.dtype != np.uint8:
-        fits = x.dtype.kind in 'iuf' and x.min() >= 0 and x.max() <= 255
-        mend = 'x.astype("uint8")' if fits else '((x - x.min()) / (x.max() - x.min()) * 255).astype("uint8")'
-    elif x.ndim != 4:
-        mend = 'x.reshape(N, H, W, C)'
-    elif x.shape[3] not in (1, 3):
-        mend = 'x[..., :3]' if x.shape[3] > 3 else 'x[..., :1]'
-    elif min(x.shape[1:3]) < 8:
-        mend = 'x.repeat(8, axis=1).repeat(8, axis=2)'
-    if mend:
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 8:
         raise ValueError(f'{what} is {x.dtype} of shape {x.shape}; wanted uint8 of shape (N, H, W) or '
-                         f'(N, H, W, C), C 1 or 3, H and W at least 8: x = {mend}')
-    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+                         '(N, H, W, 3), H and W at least 8, such as x = x.reshape(N, H, W, C)[..., :3] and '
+                         'x = ((x - black) / (white - black) * 255).round().astype("uint8")')
+    return torch.from_numpy(np.ascontiguousarray(x))
 
 
 def to_labels(what, y, n, least=-1):
@@ -246,18 +224,16 @@ def to_labels(what, y, n, least=-1):
     if y is None:
         return None
     if y.shape == (n, 1):
-        note(f'{what}: read as (N,)')
         y = y[:, 0]
     if y.shape != (n,) or y.dtype.kind not in 'iub':
-        mend = 'y.astype(int)' if y.dtype.kind == 'f' else 'numpy.unique(y, return_inverse=True)[1]'
-        mend = 'y.argmax(axis=1)' if y.ndim == 2 else mend
-        raise ValueError(f'{what} is {y.dtype} of shape {y.shape}; wanted integers of shape ({n},): '
-                         f'y = {mend}')
+        raise ValueError(f'{what} is {y.dtype} of shape {y.shape}; wanted integers of shape ({n},), such as '
+                         'y = y.astype(int), of names numpy.unique(y, return_inverse=True)[1], of one-hot '
+                         'rows y.argmax(axis=1)')
     if y.max() == -1:
         return None
     if y.min() < least:
-        raise ValueError(f'{what} holds {y.min()}; wanted ids of classes from {least} on, as after '
-                         f'keep = y >= {least}; x, y = x[keep], y[keep]')
+        raise ValueError(f'{what} holds {y.min()}; wanted ids of at least {least}: keep = y >= {least}, '
+                         'x = x[keep], y = y[keep]')
     return y.astype(np.int64)
 
 
@@ -284,34 +260,33 @@ def read_images(path, size=None, channels=None):
 
 def read_npz(path):
     """{name: array} of what an .npz has of a data set; pickles in it don't run."""
-    with zipfile.ZipFile(path) as z:
-        check_memory(sum(member.file_size for member in z.infolist()))
     with np.load(path, allow_pickle=False) as z:
+        check_memory(sum(member.file_size for member in z.zip.infolist()))
         found = [key for key in z.files if key in NPZ_NAMES or key in ('x', *IDX_NAMES)]
-        if found != z.files or NPZ_NAMES.keys() & found:
-            note(f'{path}: read {", ".join(found) or "nothing"} of {", ".join(z.files)}')
-        return {NPZ_NAMES.get(key, key): np.atleast_1d(z[key]) for key in found}
+        if found != z.files:
+            note(f'{path}: read {found} of {z.files}')
+        return {NPZ_NAMES.get(key, key): z[key] for key in found}
 
 
 def read_idx(path):
-    """Array stored in an IDX file, gzipped or not (told by its content, not its name).
+    """Array of uint8 stored in an IDX file, gzipped if its name ends in .gz.
 
-    Returns a writable array in native byte order. ValueError, one sentence, for whatever is wrong; reads no
-    more than its header announces, nor than memory has.
+    ValueError, one sentence, for whatever is wrong; reads no more than its header announces, nor than memory
+    has.
     """
-    with naming(path), open(path, 'rb') as raw:
-        f = gzip.open(raw) if raw.peek(2)[:2] == b'\x1f\x8b' else raw
+    with naming(path), opener(path)(path, 'rb') as f:
         head = f.read(4)
-        if len(head) < 4 or head[:2] != b'\0\0' or head[2] not in IDX_TYPES:
-            raise ValueError(f'starts with 0x{head.hex()}; wanted an IDX file: 0x0000, a type from 0x08 on')
+        if head[:3] != IDX_MAGIC:
+            raise ValueError(f'starts with 0x{head.hex()}; wanted an IDX file of bytes: 0x000008')
         shape = np.frombuffer(f.read(4 * head[3]), '>u4').tolist()
-        dtype = np.dtype(IDX_TYPES[head[2]])
-        wanted = math.prod(shape) * dtype.itemsize
-        check_memory(wanted)
-        body = f.read(wanted + 1)
-        if len(body) != wanted:
-            raise ValueError(f'does not hold the {wanted:,} bytes of shape {shape} that it announces')
-        return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder('='))
+        size = math.prod(shape)
+        check_memory(size)
+        return np.frombuffer(f.read(size + 1), np.uint8).reshape(shape).copy()
+
+
+def opener(path):
+    """The function that opens a file, gzipped or not."""
+    return gzip.open if str(path).endswith('.gz') else open
 
 
 def idx_file(folder, name):
@@ -321,64 +296,52 @@ def idx_file(folder, name):
 
 
 def write_idx(path, array):
-    """Write an array of any IDX type as an IDX file, gzipped if the name ends in .gz."""
-    codes = {np.dtype(name): code for code, name in IDX_TYPES.items()}
-    dtype = array.dtype.newbyteorder('>')
-    if dtype not in codes:
-        raise ValueError(f'IDX has no type for {array.dtype}; use {", ".join(str(d.name) for d in codes)}')
-    head = bytes([0, 0, codes[dtype], array.ndim]) + np.array(array.shape, '>u4').tobytes()
-    blob = head + array.astype(dtype).tobytes()
-    Path(path).write_bytes(gzip.compress(blob) if str(path).endswith('.gz') else blob)
+    """Write an array of uint8 as an IDX file, gzipped if the name ends in .gz."""
+    body = array.astype(np.uint8, casting='safe').tobytes()
+    shape = np.array(array.shape, '>u4').tobytes()
+    with opener(path)(path, 'wb') as f:
+        f.write(IDX_MAGIC + bytes([array.ndim]) + shape + body)
 
 
 def read_stl10(folder):
     """STL-10: 96 x 96 in colour, channel after channel, each column by column; labels from 1.
 
-    The images of unlabeled_X.bin, if it is there, follow those of train_X.bin, and their label is -1.
+    The images stay on disk. Those of unlabeled_X.bin, if it is there, follow those of train_X.bin, and their
+    label is -1.
     """
     def images(part):
-        return map_rows(folder / f'{part}_X.bin', 3 * 96 * 96).unflatten(1, (3, 96, 96)).transpose(2, 3)
+        path = folder / f'{part}_X.bin'
+        with naming(path), warnings.catch_warnings():
+            warnings.simplefilter('ignore')                 # torch's, that nobody may write to the file
+            x = np.memmap(path, np.uint8, 'r').reshape(-1, 3, 96, 96)
+            return torch.from_numpy(x).transpose(2, 3)
 
     def labels(part):
-        return map_rows(folder / f'{part}_y.bin', 1).flatten().numpy().astype(int) - 1
+        return np.fromfile(folder / f'{part}_y.bin', np.uint8).astype(int) - 1
 
-    train = [images('train')]
-    y_train = labels('train')
+    x_train, y_train = [images('train')], labels('train')
     if (folder / 'unlabeled_X.bin').exists():
-        train.append(images('unlabeled'))
-        y_train = np.append(y_train, np.full(len(train[1]), -1))
-    return {'x_train': MappedImages(train), 'y_train': y_train,
+        x_train.append(images('unlabeled'))
+        y_train = np.append(y_train, np.full(len(x_train[1]), -1))
+    return {'x_train': MappedImages(x_train), 'y_train': y_train,
             'x_test': MappedImages([images('test')]), 'y_test': labels('test'),
             'classes': read_lines(folder / 'class_names.txt')}
 
 
 def read_cifar10(folder):
     """CIFAR-10: of each image the label, from 0, then 32 x 32 in colour, channel by channel, row by row."""
-    train = sorted(folder.glob('data_batch_*.bin'), key=lambda path: (len(path.name), path.name))
     arrays = {'classes': read_lines(folder / 'batches.meta.txt')}
-    train = train or [folder / 'data_batch_1.bin']          # whose name is in the error
-    for part, paths in ('train', train), ('test', [folder / 'test_batch.bin']):
-        batches = [map_rows(path, 1 + 3 * 32 * 32) for path in paths]
-        arrays[f'x_{part}'] = MappedImages([rows[:, 1:].unflatten(1, (3, 32, 32)) for rows in batches])
-        arrays[f'y_{part}'] = torch.cat([rows[:, 0] for rows in batches]).numpy()
+    for part, pattern in ('train', 'data_batch_*.bin'), ('test', 'test_batch.bin'):
+        batches = [np.fromfile(path, np.uint8) for path in sorted(folder.glob(pattern))]
+        rows = np.concatenate(batches).reshape(-1, 1 + 3 * 32 * 32)
+        arrays[f'x_{part}'] = rows[:, 1:].reshape(-1, 3, 32, 32)
+        arrays[f'y_{part}'] = rows[:, 0]
     return arrays
 
 
-def map_rows(path, size):
-    """The file as a memory-mapped tensor (n, size) of uint8, which nobody may write to."""
-    found = path.stat().st_size
-    if found == 0 or found % size:
-        raise ValueError(f'{path} holds {found:,} bytes; wanted a multiple of {size:,}: is it cut off?')
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                     # torch's, that it can't be written to
-        return torch.from_numpy(np.memmap(path, np.uint8, 'r', shape=(found // size, size)))
-
-
 def read_lines(path):
-    """Lines of a text file, without empty ones; None if it isn't there."""
-    if path.exists():
-        with naming(path):
-            return [line for line in path.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
+    """Lines of a text file; None if it isn't there."""
+    return path.read_text('utf-8').strip().splitlines() if path.exists() else None
 
 
 # ---------------------------------------------------------------------------------------- image files
@@ -400,8 +363,7 @@ def read_image_folder(folder, limit=None, size=None):
     x, kept = read_files(folder, train + test, size)
     found = [class_folder(name) for name in kept]
     classes = sorted({name for name in found if name})
-    ids = {name: i for i, name in enumerate(classes)}
-    y = np.array([ids.get(name, -1) for name in found])
+    y = np.array([classes.index(name) if name else -1 for name in found])
     n = len(set(train) & set(kept))
     arrays = {'x_train': x[:n], 'y_train': y[:n], 'names_train': kept[:n], 'classes': classes}
     if n < len(kept):
@@ -414,33 +376,29 @@ def list_images(folder):
     """Names of the image files below a folder, relative to it, sorted; hidden files are passed over."""
     found = glob.glob('**', root_dir=folder, recursive=True)
     return sorted(Path(name).as_posix() for name in found
-                  if name.lower().endswith(SUFFIXES) and (folder / name).is_file())
+                  if name.lower().endswith(SUFFIXES))
 
 
 def class_folder(name):
     """'cat' for cat/x.jpg, train/cat/x.jpg, test/cat/more/x.jpg; None for x.jpg, train/x.jpg."""
-    folders = name.split('/')[:-1]
-    if folders and folders[0] in ('train', 'test', 'val'):
-        del folders[0]
-    return class_name(folders[0]) if folders else None
+    if name.startswith(('train/', 'test/', 'val/')):
+        _, name = name.split('/', 1)
+    return name.split('/')[0] if '/' in name else None
 
 
 def read_files(folder, names, size=None, channels=None):
     """As decode_files, but CACHE keeps the result, by the files' names, sizes and times."""
     stats = [os.stat(folder / name) for name in names]
-    key = repr((folder.absolute(), names, [(s.st_size, s.st_mtime_ns) for s in stats], size, channels))
+    versions = [(s.st_size, s.st_mtime_ns) for s in stats]
+    key = repr((folder.absolute(), names, versions, size, channels))
     cache = CACHE / f'{hashlib.sha256(key.encode()).hexdigest()}.npz'
     try:
         with np.load(cache) as z:
             x, kept, failed = z['x'], z['kept'].tolist(), z['failed'].tolist()
     except Exception:                                       # not there, or damaged
         x, kept, failed = decode_files(folder, names, size, channels)
-        try:
-            CACHE.mkdir(parents=True, exist_ok=True)
-            np.savez(cache, x=x, kept=kept, failed=failed)
-        except OSError:                                     # no room: that costs time, not the run
-            with contextlib.suppress(OSError):
-                cache.unlink()
+        CACHE.mkdir(parents=True, exist_ok=True)
+        np.savez(cache, x=x, kept=kept, failed=failed)
     if failed:
         note(f'{len(failed)} of {len(names)} image files are left out: {", ".join(failed[:10])}')
     return x, kept
@@ -469,37 +427,29 @@ def decode_files(folder, names, size=None, channels=None):
             image = ImageOps.exif_transpose(image).convert('L' if C == 1 else 'RGB')
             return np.asarray(ImageOps.fit(image, (side, side))).reshape(side, side, C)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        warnings.simplefilter('error', Image.DecompressionBombWarning)
-        headers, _ = in_threads(header, names)
-        median = statistics.median([side for side, _ in headers.values()] or [96])
-        side = size or max(8, min(96, int(median)))
-        C = channels or (1 if all(grey for _, grey in headers.values()) else 3)
-        check_memory(2 * len(names) * side * side * C)
-        found, failed = in_threads(decode, names)
-    if not found:
+    headers, failed = in_threads(header, names)
+    if not headers:
         raise ValueError(f'holds no image that can be read {failed[:1]}; wanted {", ".join(SUFFIXES)}')
+    sides, are_grey = zip(*headers.values())
+    side = size or min(96, int(statistics.median(sides)))
+    C = channels or (1 if all(are_grey) else 3)
+    check_memory(2 * len(names) * side * side * C)
+    found, failed = in_threads(decode, names)
     return np.stack(list(found.values())), list(found), failed
 
 
 def in_threads(function, names):
     """({name: function(name)}, ['name (error)'] of those that raised one); shows how far it is."""
-    def attempt(name):
-        try:
-            return function(name), None
-        except Exception as e:
-            return None, f'{name} ({e})'
-
-    found, failed = {}, []
     update = progress('reading images', len(names))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for done, (name, (result, error)) in enumerate(zip(names, pool.map(attempt, names)), 1):
-            if error:
-                failed.append(error)
-            else:
-                found[name] = result
-            update(done)
+    found, failed = {}, []
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(function, name) for name in names]
+        for name, future in zip(names, futures):
+            try:
+                found[name] = future.result()
+            except Exception as e:
+                failed.append(f'{name} ({e})')
+            update(len(found) + len(failed))
     return found, failed
 
 
@@ -544,15 +494,14 @@ class MappedImages:
         return self.shape[0]
 
     def __getitem__(self, ids):
-        wanted = torch.arange(len(self))[ids]
-        rows = wanted.reshape(-1)
-        out = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
+        rows = torch.arange(len(self))[ids]
+        out = torch.empty(*rows.shape, *self.shape[1:], dtype=torch.uint8)
         start = 0
         for part in self.parts:
-            mine = ((start <= rows) & (rows < start + len(part))).nonzero().flatten()
-            out[mine] = part.index_select(0, rows[mine] - start)
+            mine = (start <= rows) & (rows < start + len(part))
+            out[mine] = part[rows[mine] - start]
             start += len(part)
-        return out if wanted.ndim else out[0]
+        return out
 
 
 class Images:
@@ -569,9 +518,7 @@ class Images:
         self.resident = None
         limit = free_memory(device) // 2 if MAX_RESIDENT_BYTES is None else MAX_RESIDENT_BYTES
         if math.prod(self.shape) <= limit:
-            self.resident = torch.empty(self.shape, dtype=torch.uint8, device=device)
-            for to, rows in zip(self.resident.split(1000), self.ids.split(1000)):
-                to.copy_(x[rows])
+            self.resident = x[self.ids].to(device)
 
     def __len__(self):
         return self.shape[0]

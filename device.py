@@ -23,17 +23,13 @@ def pick_device(name=None):
     """
     if name is None:
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f'--device {name} is not known; try cuda, mps or cpu') from None
-    if device.type not in ('cuda', 'mps', 'cpu'):
+    if name.split(':')[0] not in ('cuda', 'mps', 'cpu'):
         raise ValueError(f'--device {name} is not one that training runs on; try cuda, mps or cpu')
-    device = distributed.own_device(device)
     try:
+        device = distributed.own_device(torch.device(name))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:                # torch raises either where there is no card
-        reason = str(e).split('\n')[0][:80]
+        reason = str(e).split('\n')[0]
         raise ValueError(f'--device {name} can not be used here ({reason}); try cuda, mps or cpu') from None
     return device
 
@@ -72,35 +68,11 @@ def in_float32(function):
     return wrapped
 
 
-def bfloat16_speedup(device, batch=64):
-    """How many times as fast two convolutions learn in bfloat16 as in float32.
-
-    By processor time of one thread, least of several turns, so that other work on the machine counts little.
-    """
-    convs = torch.nn.Sequential(torch.nn.Conv2d(64, 128, 3, 2, 1), torch.nn.ReLU(),
-                                torch.nn.Conv2d(128, 128, 3, 1, 1))
-    convs = convs.to(device, memory_format=torch.channels_last)
-    x = torch.ones(batch, 64, 14, 14, device=device)
-
-    def seconds(amp):
-        began = time.thread_time()
-        with autocast(device, amp):
-            loss = convs(x).float().square().mean()
-        loss.backward()
-        return time.thread_time() - began
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    times = [(seconds(False), seconds(True)) for _ in range(6)]
-    torch.set_num_threads(threads)
-    float32, bfloat16 = map(min, zip(*times))
-    return float32 / bfloat16
-
-
 def amp_by_default(device):
-    """Is bfloat16 worth it here? On CUDA cards that have it; on a CPU where it is measured to be faster."""
+    """Is bfloat16 worth it here? On CUDA cards that have it and on CPUs with AMX; on others it was slower."""
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == 'cpu' and bfloat16_speedup(device) > 1.2
+    return device.type == 'cpu' and torch.cpu.get_capabilities().get('amx_bf16', False)
 
 
 def generator(device, *key):
@@ -141,14 +113,14 @@ def keep_memory():
 class Progress:
     """A line on a terminal that is updated in place; where output is redirected only say() prints."""
 
-    def __init__(self, every=0.5):
+    def __init__(self):
         self.quiet = distributed.rank() > 0
         self.live = sys.stdout.isatty() and not self.quiet
-        self.every, self.last, self.width = every, 0.0, 0
+        self.last, self.width = 0.0, 0
 
     def due(self):
         """True when the line wants an update: ask before computing what it shows."""
-        return self.live and time.monotonic() - self.last >= self.every
+        return self.live and time.monotonic() - self.last >= 0.5
 
     def show(self, text):
         text = text[:shutil.get_terminal_size().columns - 1]   # a longer line would wrap and stay

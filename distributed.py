@@ -30,8 +30,6 @@ def own_device(device):
 def start(device):
     """Join the processes that torchrun started, with this one's device; returns that."""
     if many():
-        if device.type == 'mps':
-            raise ValueError('several processes work on CUDA cards or on CPUs; add --device cpu')
         if device.type == 'cuda':
             torch.cuda.set_device(device)
         if not dist.is_initialized():               # once: a search makes many runs
@@ -108,11 +106,10 @@ def average_gradients(model, loss):
         return loss
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     message = mean(torch.cat([loss.view(1), *(g.flatten() for g in grads)]))
-    done = 1
-    for g in grads:
-        g.copy_(message[done:done + g.numel()].view_as(g))
-        done += g.numel()
-    return message[0].clone()                       # not a view that holds all gradients
+    loss, *means = message.split([1, *(g.numel() for g in grads)])
+    for g, new in zip(grads, means):
+        g.copy_(new.view_as(g))
+    return loss[0].clone()                          # not a view that holds all gradients
 
 
 def sync_batchnorm(model):
@@ -137,19 +134,18 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        dims = [d for d in range(x.ndim) if d != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
+        dims = [0, *range(2, x.ndim)]
         v = x.float()
-        n = x.numel() // x.shape[1] * world()
-        own = torch.stack([v.mean(dims), v.var(dims, correction=0)])
+        own = torch.stack([v.mean(dims, keepdim=True), v.var(dims, correction=0, keepdim=True)])
         means, variances = gather(own.unsqueeze(0)).unbind(1)
         mean = means.mean(0)
         var = variances.mean(0) + (means - mean).square().mean(0)
+        n = x.numel() // self.num_features * world()
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-        v = (v - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(var.flatten() * n / (n - 1), self.momentum)
+        v = (v - mean) * (var + self.eps).rsqrt()
         if self.affine:
-            v = v * self.weight.view(shape) + self.bias.view(shape)
+            v = v * self.weight.view(mean.shape) + self.bias.view(mean.shape)
         return v.to(x.dtype)

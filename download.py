@@ -2,16 +2,13 @@
 
 Standard library only. Every connection goes through `open_url`, which the tests replace.
 """
-import gzip
 import hashlib
 import http.client
 import os
 import shutil
 import sys
 import tarfile
-import urllib.error
 import urllib.request
-import zlib
 from collections import namedtuple
 from contextlib import closing
 
@@ -53,10 +50,6 @@ ARCHIVES = {
 }
 
 
-class MirrorFailed(Exception):
-    """One mirror could not give the file; the text says why in a few words."""
-
-
 def fashion_mnist(folder):
     """Download those of Fashion-MNIST's four files that `folder` lacks. Raises as `download` does."""
     os.makedirs(folder, exist_ok=True)
@@ -69,7 +62,7 @@ def fashion_mnist(folder):
 def unpacked(archive, folder):
     """Download an archive into `folder`, unless it lies there, unpack it and remove it.
 
-    Raises as `download` and `unpack` do.
+    Raises as `download` does.
     """
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, os.path.basename(archive.url))
@@ -80,60 +73,36 @@ def unpacked(archive, folder):
 
 
 def unpack(path, folder, names):
-    """Write into `folder` the plain files of a .tar.gz that have these base names, each once it is whole.
-
-    ValueError, one sentence, for an archive that is damaged or lacks one; OSError where writing fails.
-    """
-    lacking = set(names)
-    try:
-        with tarfile.open(path, 'r|gz') as tar:
-            for member in tar:
-                name = os.path.basename(member.name)
-                if member.isreg() and name in lacking:
-                    write_whole(tar.extractfile(member), os.path.join(folder, name))
-                    lacking.remove(name)
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, OverflowError) as e:
-        raise ValueError(f'{path} can not be unpacked ({" ".join(str(e).split())}); remove it') from e
-    if lacking:
-        raise ValueError(f'{path} has no {", ".join(sorted(lacking))} in it; remove it')
-
-
-def write_whole(source, path):
-    """Copy a member of an archive to `path`, which exists only afterwards."""
-    part = path + '.part'
-    try:
-        with open(part, 'wb') as f:
-            shutil.copyfileobj(source, f, 1 << 20)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+    """Write into `folder` the files of a .tar.gz that have these base names, each once it is whole."""
+    with tarfile.open(path, 'r|gz') as tar:
+        for member in tar:
+            name = os.path.basename(member.name)
+            if name in names:
+                part = os.path.join(folder, f'{name}.part')
+                with open(part, 'wb') as f:
+                    shutil.copyfileobj(tar.extractfile(member), f)
+                os.replace(part, os.path.join(folder, name))
 
 
 def download(urls, path, checksum, size):
     """Write to `path` the file of `size` bytes and this SHA-256 or MD5 (hex) from the first URL that has it.
 
     A part that a broken download left in `<path>.part` is continued. ConnectionError, one sentence, when
-    every mirror failed; OSError where writing fails.
+    every URL failed.
     """
     part = path + '.part'
     failures = []
     for url in urls:
-        host = url.split('/')[2]
         try:
             complete(url, part, checksum, size)
-        except MirrorFailed as e:
-            failures.append(f'{host} ({e})')
-        else:
-            os.replace(part, path)
-            return
+            return os.replace(part, path)
+        except (OSError, http.client.HTTPException) as e:
+            failures.append(f'{url.split("/")[2]} ({e})')
     raise ConnectionError(f'{os.path.basename(path)} could not be downloaded: {", ".join(failures)}')
 
 
 def complete(url, part, checksum, size):
-    """Make `part` the whole file, with the right checksum and safe on disk. Raises MirrorFailed; OSError."""
+    """Make `part` the whole file, with the right checksum; OSError or HTTPException where that fails."""
     start = size_of(part)
     if start < size:
         start = receive(url, part, start, size)
@@ -141,53 +110,30 @@ def complete(url, part, checksum, size):
         return
     os.remove(part)
     if start == 0:
-        raise MirrorFailed('wrong checksum')
+        raise OSError('wrong checksum')
     complete(url, part, checksum, size)        # the old part may be what was wrong: once more, from zero
 
 
 def receive(url, part, start, size):
     """Add to `part` what it lacks from byte `start` on; returns the byte at which the server began."""
-    body, start = request(url, start, size)
     name = os.path.basename(part).removesuffix('.part')
     print(f'{name}: downloading {size / 1e6:.1f} MB', file=sys.stderr)
     show = progress(name, size)
-    got = start
-    with closing(body), open(part, 'ab' if start else 'wb') as f:
-        while got < size:
-            chunk = on_network(body.read, min(CHUNK, size - got))
-            if not chunk:
-                raise MirrorFailed(f'ended after {got} of {size} bytes')
-            f.write(chunk)
-            got += len(chunk)
-            show(got)
+    with closing(open_url(url, start)) as body:
+        if body.status != 206:                 # the server sends all
+            start = 0
+        with open(part, 'ab' if start else 'wb') as f:
+            while f.tell() < size:
+                chunk = body.read(min(CHUNK, size - f.tell()))
+                if not chunk:
+                    raise OSError(f'ended after {f.tell()} of {size} bytes')
+                f.write(chunk)
+                show(f.tell())
     return start
 
 
-def request(url, start, size):
-    """(response, the byte it begins at): `start`, or 0 where the server sends all. Raises MirrorFailed."""
-    body = on_network(open_url, url, start)
-    length = body.headers.get('Content-Length')
-    if body.status != 206:
-        start = 0
-    if body.status in (200, 206) and length in (None, str(size - start)):
-        return body, start
-    body.close()                               # before the part is touched: this may be a hotel's log-in page
-    raise MirrorFailed(f'HTTP {body.status} with {length} bytes where {size - start} were wanted')
-
-
-def on_network(function, *args):
-    """function(*args); what the network raises becomes MirrorFailed, and the disk's errors stand apart."""
-    try:
-        return function(*args)
-    except urllib.error.HTTPError as e:
-        raise MirrorFailed(f'HTTP {e.code}') from e
-    except (OSError, http.client.HTTPException, ValueError) as e:
-        reason = getattr(e, 'reason', e)       # URLError wraps the exception that says more
-        raise MirrorFailed(getattr(reason, 'strerror', None) or str(reason) or type(reason).__name__) from e
-
-
 def open_url(url, start):
-    """The response (.status, .headers, .read, .close) to a request for `url` from byte `start` on."""
+    """The response (.status, .read, .close) to a request for `url` from byte `start` on."""
     headers = {'Range': f'bytes={start}-'} if start else {}
     return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
 
@@ -198,10 +144,9 @@ def size_of(path):
 
 
 def digest(path, like):
-    """SHA-256 (hex) of the file, or its MD5 if `like` is one; the file is on disk (fsync) afterwards."""
-    with open(path, 'rb+') as f:
-        sha = hashlib.sha256() if len(like) == 64 else hashlib.md5(usedforsecurity=False)
+    """SHA-256 (hex) of the file, or its MD5 if `like` is one."""
+    sha = hashlib.sha256() if len(like) == 64 else hashlib.md5(usedforsecurity=False)
+    with open(path, 'rb') as f:
         while chunk := f.read(1 << 20):
             sha.update(chunk)
-        os.fsync(f.fileno())
     return sha.hexdigest()

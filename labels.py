@@ -84,10 +84,8 @@ class LabelDatabase:
                 self._rows('INSERT INTO dataset VALUES (?)', digest)
         elif [sql for sql, in found] != SCHEMA:
             raise ValueError(f'{self.path} is not a label database of this version; use another --name')
-        damage = self._rows('PRAGMA integrity_check(1)')[0][0]
-        with self._one_sentence():
-            if damage != 'ok':
-                raise sqlite3.DatabaseError(damage)
+        if self._rows('PRAGMA integrity_check(1)') != [('ok',)]:
+            raise ValueError(f'{self.path} is damaged')
         if self._rows('SELECT digest FROM dataset') != [(digest,)]:
             raise ValueError(f'{self.path} holds the labels of another data set (its digest differs)')
 
@@ -95,12 +93,8 @@ class LabelDatabase:
     def _one_sentence(self):
         try:
             yield
-        except (sqlite3.Error, OverflowError, UnicodeError, MemoryError) as e:
-            if 'locked' in str(e):
-                raise ValueError(f'{self.path} is in use by another program; close it there and '
-                                 'try again') from None
-            reason = ' '.join(str(e).split())
-            raise ValueError(f'{self.path} can not be used as a label database ({reason})') from None
+        except (sqlite3.Error, OverflowError, UnicodeError) as e:
+            raise ValueError(f'{self.path} can not be used as a label database ({e})') from None
 
     def _rows(self, sql, *values):
         with self._one_sentence():

@@ -11,8 +11,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from device import in_float32
-
 
 def layout(device):
     """Memory format in which convolutions are fast on a device."""
@@ -41,8 +39,8 @@ class Conv(nn.Conv2d):
 class NarrowConv(torch.autograd.Function):
     """F.conv2d(x, weight, None, stride, padding) with a faster gradient of the weights.
 
-    oneDNN is slow there on narrow maps, so it gets 16 images side by side: with AMX, a step of simclr is 1.25
-    times as fast (bench.py).
+    oneDNN is slow there on narrow maps, so it gets 16 images side by side: with AMX, a step of simclr is
+    about 1.2 times as fast.
     """
 
     @staticmethod
@@ -55,9 +53,7 @@ class NarrowConv(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         stride, padding = ctx.stride, ctx.padding
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = nn.grad.conv2d_input(x.shape, weight, grad, stride, padding)
+        grad_x = nn.grad.conv2d_input(x.shape, weight, grad, stride, padding)
         width = math.ceil((x.shape[3] + padding) / stride)     # leaves a gap of zeros for the padding
         x = side_by_side(x, width * stride)
         grad = side_by_side(grad, width)
@@ -67,16 +63,14 @@ class NarrowConv(torch.autograd.Function):
 def side_by_side(x, width, n=16):
     """Maps (B, C, H, W), each padded with zeros to `width`, n in a row: (ceil(B / n), C, H, n * width)."""
     B, C, H, W = x.shape
-    x = torch.cat([x, x.new_zeros(-B % n, C, H, W)]) if B % n else x
-    rows = x.permute(0, 2, 3, 1).unflatten(0, (-1, n)).transpose(1, 2)
-    out = x.new_empty(len(rows), H, n, width, C)
-    out[:, :, :, :W] = rows
-    out[:, :, :, W:] = 0
-    return out.flatten(2, 3).permute(0, 3, 1, 2)               # channels last
+    rows = math.ceil(B / n)
+    x = F.pad(x, (0, width - W, 0, 0, 0, 0, 0, rows * n - B))
+    return torch.cat(x.split(rows), dim=3)
 
 
 def conv_bn(c_in, c_out, stride=1, kernel=3):
-    return nn.Sequential(Conv(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out))
+    conv = Conv(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out))
 
 
 class Block(nn.Module):
@@ -150,36 +144,37 @@ class Encoder(nn.Module):
         return self.layers(x.contiguous(memory_format=layout(x.device)))
 
 
-class FCDecoder(nn.Module):
-    """Codes (B, D) -> logits (B, C, H, W) through one hidden layer of 256."""
+class Decoder(nn.Module):
+    """Codes (B, dim) -> logits (B, C, H, W), exactly H x W for any size.
 
-    def __init__(self, dim, shape, width=1.0):
-        super().__init__()
-        hidden = channels(256, width)
-        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(),
-                                    nn.Linear(hidden, math.prod(shape)), nn.Unflatten(1, shape))
-
-    def forward(self, z):
-        return self.layers(z)
-
-
-class ConvDecoder(nn.Module):
-    """Codes (B, D) -> logits (B, C, H, W), exactly H x W for any size.
-
-    A linear layer makes a map at 1/4 of the side, residual blocks grow it to 1/2, and the last convolution
-    writes 2 x 2 pixels at once (pixel shuffle), so that no layer works at full size.
+    fc: one hidden layer of 256. conv: a linear layer makes a map at 1/4 of the side, residual blocks grow it
+    to 1/2, and the last convolution writes 2 x 2 pixels at once (pixel shuffle): no layer works at full size.
     """
 
-    def __init__(self, dim, shape, width=1.0):
+    def __init__(self, net, dim, shape, width=1.0):
         super().__init__()
         C, self.H, self.W = shape
+        if net == 'fc':
+            hidden = channels(256, width)
+            self.layers = nn.Sequential(
+                nn.Linear(dim, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, math.prod(shape)),
+                nn.Unflatten(1, shape))
+            return
         h, w = math.ceil(self.H / 4), math.ceil(self.W / 4)
         c = channels(128, width)
         self.layers = nn.Sequential(
-            nn.Linear(dim, c * h * w), nn.Unflatten(1, (c, h, w)), nn.BatchNorm2d(c), nn.ReLU(),
-            Block(c, c), nn.Upsample(scale_factor=2),
-            Block(c, c // 2), Block(c // 2, c // 2),
-            nn.Conv2d(c // 2, 4 * C, 3, padding=1), nn.PixelShuffle(2))
+            nn.Linear(dim, c * h * w),
+            nn.Unflatten(1, (c, h, w)),
+            nn.BatchNorm2d(c),
+            nn.ReLU(),
+            Block(c, c),
+            nn.Upsample(scale_factor=2),
+            Block(c, c // 2),
+            Block(c // 2, c // 2),
+            nn.Conv2d(c // 2, 4 * C, 3, padding=1),
+            nn.PixelShuffle(2))
 
     def forward(self, z):
         return self.layers(z)[:, :, :self.H, :self.W]
@@ -221,14 +216,10 @@ class VAE(Model):
         return self.posterior(x)[0]
 
     def forward(self, x, g=None):
-        """(logits, mu, logvar), the code drawn from the posterior by generator g."""
+        """(logits, mu, logvar), the code z = mu + sigma eps drawn from the posterior by generator g."""
         mu, logvar = self.posterior(x)
-        return self.decoder(reparameterize(mu, logvar, g)), mu, logvar
-
-
-def reparameterize(mu, logvar, g=None):
-    """mu + sigma * eps, eps ~ N(0, 1): a sample through which gradients flow."""
-    return mu + (0.5 * logvar).exp() * torch.randn(mu.shape, device=mu.device, generator=g)
+        eps = torch.randn(mu.shape, device=mu.device, generator=g)
+        return self.decoder(mu + (0.5 * logvar).exp() * eps), mu, logvar
 
 
 class SimCLR(Model):
@@ -292,10 +283,8 @@ class MeanTeacher(nn.Module):
         self.steps += 1
         student = self.student.state_dict()
         for name, old in self.teacher.state_dict().items():
-            if old.is_floating_point():
+            if old.is_floating_point():                        # all but BatchNorm's count of steps
                 old.lerp_(student[name], rate)
-            else:
-                old.copy_(student[name])
 
     def encode(self, x):
         return self.teacher.encode(x)
@@ -328,28 +317,17 @@ class NeighbourVote(Model):
         return F.normalize(self.encoder(x).float() - self.mean, dim=1)
 
     def forward(self, x):
-        return neighbour_vote(self.encode(x), self.features, self.probs, self.k)
-
-
-@in_float32
-def neighbour_vote(h, features, probs, k):
-    """Log (B, K) of the mean probs of the k rows of features (N, D) most similar to each row of h (B, D)."""
-    votes = []
-    for rows in h.split(256):                                  # bounds the memory of the similarities
-        nearest = (rows @ features.T).topk(k).indices
-        votes.append(probs[nearest].mean(1))
-    return torch.cat(votes).clamp(min=1e-12).log()
+        h = self.encode(x)
+        with torch.autocast(h.device.type, enabled=False):      # similarities need float32
+            nearest = (h @ self.features.T).topk(self.k).indices
+        return self.probs[nearest].mean(1).clamp(min=1e-12).log()
 
 
 class Pixels(Model):
     """The pixels as features."""
 
-    def __init__(self, shape=()):
+    def __init__(self, shape=None):
         super().__init__(nn.Flatten())
-        self.dim = math.prod(shape)
-
-    def forward(self, x):
-        return self.encode(x)
 
 
 class PCA(nn.Module):
@@ -363,16 +341,11 @@ class PCA(nn.Module):
         self.register_buffer('components', torch.zeros(pixels, k))
 
     def fit(self, x):
-        """Exact components of float images x (N, C, H, W), or of their pixels (N, D); the largest first."""
-        x = x.flatten(1)
-        D, k = self.components.shape
+        """Exact components of pixels x (N, C * H * W), the largest first; those after the N-th are zero."""
         self.mean.copy_(x.mean(0))
-        x = (x - self.mean).cpu()                              # few devices have these decompositions
-        if k <= len(x) < D:                                    # fewer images than pixels: no (D, D) matrix
-            vectors = torch.linalg.svd(x, full_matrices=False).Vh.T
-        else:
-            vectors = torch.linalg.eigh(x.T @ x / len(x)).eigenvectors.flip(1)
-        self.components.copy_(vectors[:, :k])
+        k = self.components.shape[1]
+        found = torch.linalg.svd((x - self.mean).cpu(), full_matrices=False).Vh[:k]
+        self.components[:, :len(found)] = found.T
 
     def encode(self, x):
         return (x.flatten(1) - self.mean) @ self.components
@@ -403,7 +376,7 @@ def encoder_of(model):
 
 
 def can_decode(model):
-    return isinstance(model, PCA) or getattr(model, 'decoder', None) is not None
+    return isinstance(model, PCA) or model.decoder is not None
 
 
 def build(method, net, shape, width=1.0, latent=None, recon=False):
@@ -417,13 +390,13 @@ def build(method, net, shape, width=1.0, latent=None, recon=False):
     if method == 'pca':
         return PCA(shape, latent)
     if method == 'vae':
-        return VAE(Encoder(net, shape, width, 2 * latent), ConvDecoder(latent, shape, width))
+        return VAE(Encoder(net, shape, width, 2 * latent), Decoder('conv', latent, shape, width))
     if method == 'ae':
-        return Autoencoder(Encoder(net, shape, width, latent), FCDecoder(latent, shape, width))
+        return Autoencoder(Encoder(net, shape, width, latent), Decoder('fc', latent, shape, width))
     if method == 'conv':
-        return Autoencoder(Encoder(net, shape, width, latent), ConvDecoder(latent, shape, width))
+        return Autoencoder(Encoder(net, shape, width, latent), Decoder('conv', latent, shape, width))
     encoder = Encoder(net, shape, width, latent, standardise=bool(latent))
-    return SimCLR(encoder, ConvDecoder(encoder.dim, shape, width) if recon else None)
+    return SimCLR(encoder, Decoder('conv', encoder.dim, shape, width) if recon else None)
 
 
 def size(model):

@@ -5,10 +5,10 @@ on why not. The page, label.html, is served to this machine alone, at an address
 """
 import csv
 import json
+import math
 import secrets
 import threading
 import time
-import unicodedata
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,9 +17,6 @@ import report
 import runs
 
 PAGE = Path(__file__).with_name('label.html')
-POLICY = ("default-src 'none'; img-src 'self'; connect-src 'self'; style-src 'nonce-NONCE'; "
-          "script-src 'nonce-NONCE'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-MAX_BODY = 200                                              # bytes; an answer takes under 50
 
 
 # ---------------------------------------------------------------------------------------- a CSV file
@@ -50,10 +47,11 @@ class File:
         missing = [i for i in ids if i not in answers]
         if missing:
             runs.write_csv(self.table, [self.key, 'class'], [(self.names[i], '') for i in missing])
-            rows = (report.captioned(self.images[missing], missing) / 255).split(10)
-            report.write_png(self.sheet, report.sheet(*rows, gap=6, zoom=1))
-            return (f'labels missing: {len(missing)}; the images are in {self.sheet}; fill in the lines of '
-                    f'{self.table} and add them to {self.path}')
+            x = self.images[missing] / 255
+            zoom = math.ceil(84 / x.shape[3])
+            report.write_png(self.sheet, report.sheet(*x.split(10), gap=4, zoom=zoom))
+            return (f'labels missing: {len(missing)}; {self.sheet} shows the images, ten a row, in the order '
+                    f'of {self.table}; fill in its lines and add them to {self.path}')
         for i in ids:
             self.database.answer(i, answers[i], round)
         self.table.unlink(missing_ok=True)
@@ -66,17 +64,13 @@ class File:
         """
         ids, labels = self.database.labels_of_round()
         answers = dict(zip(ids.tolist(), labels.tolist()))
-        image, label, named = 0, 1, False
+        image, label = 0, 1
         for number, row in enumerate(read_csv(self.path), 1):
             column = {cell.lower(): k for k, cell in enumerate(row)}
             where = f'{self.path}, line {number}'
             if 'class' in column or 'label' in column:
                 image = column.get('file', column.get('id', 0))
                 label = column.get('class', column.get('label'))
-                named = True
-            elif not named and any(row[2:]):
-                raise ValueError(f'{where} has {len(row)} columns; wanted two, image and class, or a line '
-                                 'above that names them')
             elif len(row) > max(image, label) and row[label]:              # else there is no answer yet
                 i = look_up(self.ids, row[image], where)
                 k = look_up(self.labels, row[label], where)
@@ -85,14 +79,9 @@ class File:
         return answers
 
 
-def normal(name):
-    """A name in NFC without spaces around it: names that look the same are the same."""
-    return unicodedata.normalize('NFC', name.strip())
-
-
 def index_of(names, ids):
     """{name or id: index}; no ids where some name is a number, which could mean two things."""
-    index = {normal(name): i for i, name in enumerate(names)}
+    index = {name.strip(): i for i, name in enumerate(names)}
     if not any(name.isdecimal() for name in names):
         index.update((str(id), i) for i, id in enumerate(ids))
     return index
@@ -116,7 +105,7 @@ def read_csv(path):
         rows = list(csv.reader(text.splitlines(), delimiter=max(',;\t', key=text.count)))
     except (UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f'{path} is not a readable CSV file ({e}); save it as CSV UTF-8') from None
-    return [[normal(cell) for cell in row] for row in rows]
+    return [[cell.strip() for cell in row] for row in rows]
 
 
 # ------------------------------------------------------------------------------------------ the page
@@ -194,8 +183,6 @@ class Web:
 
 class Handler(BaseHTTPRequestHandler):
     """One request: it has to name this machine and know the token, or it learns nothing."""
-    timeout = 10
-    server_version = sys_version = ''
 
     def handle(self):
         with suppress(OSError):                             # the browser may leave when it likes
@@ -220,26 +207,22 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, path):
         web = self.server.web
         if path == '':
-            nonce = secrets.token_urlsafe(24)
-            page = PAGE.read_text('utf-8').replace('NONCE', nonce)
-            self.send(200, page.encode(), 'text/html; charset=utf-8', POLICY.replace('NONCE', nonce))
+            self.send(200, PAGE.read_bytes(), 'text/html; charset=utf-8')
         elif path in ('state', 'news'):
             if path == 'news':
                 web.news.wait(2)
             self.send(200, web.state())
         elif path in ('answer', 'undo'):
-            length = int(self.headers['Content-Length'])
-            body = json.loads(self.rfile.read(min(length, MAX_BODY)))
-            self.send(*web.change(path, **body))
+            body = self.rfile.read(int(self.headers['Content-Length']))
+            self.send(*web.change(path, **json.loads(body)))
         else:
             image = web.images[int(path.removesuffix('.png'))].numpy()
             image = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
             self.send(200, report.png(image), 'image/png')
 
-    def send(self, code, body, kind='application/json', policy="default-src 'none'", **headers):
+    def send(self, code, body, kind='application/json', **headers):
         blob = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {'Content-Type': kind, 'Content-Length': len(blob), 'Content-Security-Policy': policy,
-                   'Cache-Control': 'no-store', 'Referrer-Policy': 'no-referrer', **headers}
+        headers.update({'Content-Type': kind, 'Content-Length': len(blob), 'Cache-Control': 'no-store'})
         self.send_response(code)
         for key, value in headers.items():
             self.send_header(key, value)

@@ -5,16 +5,13 @@ It stands alone: nothing is loaded from anywhere.
 """
 import base64
 import json
-import math
 import os
 import re
 import shutil
 import statistics
 import struct
-import sys
 import time
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +21,7 @@ import torch.nn.functional as F
 import features
 import runs
 
-PNGS = 'reconstructions', 'views', 'samples', 'interpolation'           # of a run, where its method has them
-PERPLEXITY = 30.0                                                       # of t-SNE
+MAPPED = 2000                                                           # images in a map of features, at most
 
 
 # ------------------------------------------------------------------------------------------- images
@@ -62,29 +58,10 @@ def sheet(*rows, gap=2, zoom=2):
     return out[0] if C == 1 else out.transpose(1, 2, 0)
 
 
-# 3 x 5 dots; each row is an octal number
-DIGITS = '75557 26227 71747 71717 55711 74717 74757 71111 75757 75717'.split()
-
-
-def captioned(x, numbers):
-    """Images (n, C, H, W) uint8, enlarged to a width of 84 or more, each above its number: (n, C, H', W')."""
-    zoom = math.ceil(84 / x.shape[3])
-    x = x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    band = x.new_zeros(*x.shape[:2], 14, x.shape[3])
-    for caption, number in zip(band, numbers):
-        for i, digit in enumerate(str(int(number))[:10]):
-            dots = [[255 * int(dot) for dot in f'{int(row):03b}'] for row in DIGITS[int(digit)]]
-            dots = x.new_tensor(dots).repeat_interleave(2, 0).repeat_interleave(2, 1)
-            caption[:, 2:12, 2 + 8 * i:8 + 8 * i] = dots
-    return torch.cat([x, band], 2)
-
-
 # ------------------------------------------------------------------------------------------ as text
 
 def say(text):
-    """Print lines of text; what stdout can't encode becomes a question mark."""
-    encoding = sys.stdout.encoding or 'utf-8'
-    print(text.encode(encoding, 'replace').decode(encoding), flush=True)
+    print(text, flush=True)
 
 
 # key in metrics.json, name, format in a report and in a table of runs ('': not there), convention
@@ -189,22 +166,15 @@ def without_seed(text):
     return re.sub('-seed=[0-9]+', '', text)
 
 
-def setting(config, *but):
-    """What runs that differ only by seed, or in the flags `but`, have in common, as text."""
+def by_setting(found, *but):
+    """The runs in groups of those that differ only by seed and in the flags `but`."""
     ignored = runs.NOT_IN_IDENTITY | {'seed', *but}
-    kept = [(key, value) for key, value in sorted(config['args'].items()) if key not in ignored]
-    return without_seed(repr([config['data']['digest'], kept]))         # an encoder's name holds one too
-
-
-def by_setting(found):
-    """The runs in groups of those that differ only by seed; the same seed twice is no spread."""
     groups = {}
-    seen = Counter()
-    for run in found:
-        key, seed = setting(run[1]), run[1]['args']['seed']
-        groups.setdefault((key, seen[key, seed]), []).append(run)
-        seen[key, seed] += 1
-    return list(groups.values())
+    for folder, config, metrics in found:
+        kept = [(flag, value) for flag, value in sorted(config['args'].items()) if flag not in ignored]
+        setting = without_seed(repr([config['data']['digest'], kept]))  # an encoder's name holds one too
+        groups.setdefault(setting, []).append((folder, config, metrics))
+    return groups.values()
 
 
 def compare(folders):
@@ -219,7 +189,7 @@ def compare(folders):
 
 
 def rows_of(found):
-    there = {key for *_, metrics in found for key in metrics if metrics[key] is not None}
+    there = {key for *_, metrics in found for key in metrics}
     columns = [(key, name, form) for key, name, form in COLUMNS if key in there]
     lines = [['run', 'seeds'] + [name for _, name, _ in columns]]
     for group in by_setting(found):
@@ -233,7 +203,7 @@ def rows_of(found):
 
 def cell(done, key, form):
     """'-' without a value, the value itself, or mean±standard deviation of several seeds."""
-    values = [metrics[key] for metrics in done if metrics.get(key) is not None]
+    values = [metrics[key] for metrics in done if key in metrics]
     if not values:
         return '-'
     if key == 'estimate':
@@ -245,39 +215,33 @@ def cell(done, key, form):
 
 
 def write_comparison(path, folders):
-    """One page about many runs: the table of compare(), accuracy against labels, validation losses."""
-    found, errors = read_runs(folders)
-    losses = {}
+    """One page about many runs: the table of compare(), their reports, accuracy against labels, losses."""
+    found, _ = read_runs(folders)
+    reports, losses = {}, {}
     for folder, config, _ in found:
+        reports[folder.name] = Path(os.path.relpath(folder, Path(path).parent), 'report.html').as_posix()
         curve = [(row['epoch'], row.get('val_loss')) for row in runs.read_log(folder)]
         losses.setdefault(config['args']['method'], {})[folder.name] = curve
-    links = []
-    for group in by_setting(found):
-        links.append([])
-        for folder, config, _ in group:
-            links[-1].append((config['args']['seed'], os.path.relpath(folder, Path(path).parent)))
     write_page(path, {
         'title': 'Runs compared',
         'table': rows_of(found),
-        'links': links,
-        'errors': errors,
+        'reports': reports,
         'accuracy': accuracy_curves(found),
         'losses': losses})
 
 
 def accuracy_curves(found):
-    """{name: [(labels, accuracy)]}: runs that differ only in the labels or the seed are one curve."""
+    """{name: [(labels, mean accuracy)]}: runs that differ only in the labels or the seed are one curve."""
     curves = {}
-    for folder, config, metrics in found:
-        if metrics.get('labels') and metrics.get('accuracy'):
-            name = re.sub('-(seed|labels|budget)=[0-9.]+', '', folder.name)
-            key = setting(config, 'labels', 'budget')
-            points = curves.setdefault(key, (name, {}))[1]
-            points.setdefault(metrics['labels'], []).append(metrics['accuracy'])
-    series = {}
-    for name, points in curves.values():
-        series[name] = [(n, statistics.mean(points[n])) for n in sorted(points)]
-    return series
+    for group in by_setting(found, 'labels', 'budget'):
+        scores = {}
+        for *_, metrics in group:
+            if 'labels' in metrics and 'accuracy' in metrics:
+                scores.setdefault(metrics['labels'], []).append(metrics['accuracy'])
+        name = re.sub('-(seed|labels|budget)=[0-9.]+', '', group[0][0].name)
+        if scores:
+            curves[name] = [(n, statistics.mean(scores[n])) for n in sorted(scores)]
+    return curves
 
 
 # ------------------------------------------------------------------------------------ the page of a run
@@ -293,7 +257,7 @@ def write_report(folder, config, metrics, shown):
     """report.html of a run folder.
 
     shown: what was measured, from evaluate.measure, measure_classifier or measure_clusters; of runs that paid
-    for labels also 'asked': (images, rows of LabelDatabase.history(), LabelDatabase.rounds()).
+    for labels also 'asked': ..., rows of LabelDatabase.history(), LabelDatabase.rounds().
     """
     classes = config['data']['classes']
     seed = config['args']['seed']
@@ -304,21 +268,15 @@ def write_report(folder, config, metrics, shown):
         'measures': measures(metrics),
         'predictor': predictor(metrics),
         'log': runs.read_log(folder),
-        'pngs': {path.stem: embedded(path.read_bytes()) for path in pngs(folder)},
-        'maps': feature_maps(shown, classes, seed)}
+        'pngs': {path.stem: embedded(path.read_bytes()) for path in folder.glob('*.png')},
+        'maps': feature_maps(shown, seed)}
     if 'probs' in shown and 'y' in shown:
         content['wrong'] = most_wrong(shown, classes)
     if 'clusters' in shown:
         content['clusters'] = clusters(shown, classes, seed)
     if 'asked' in shown:
-        content['labels'] = paid_labels(*shown['asked'], classes)
+        content['labels'] = paid_labels(*shown['asked'][-2:], classes)
     write_page(folder / 'report.html', content)
-
-
-def pngs(folder):
-    """Paths of the images that a run's method has drawn."""
-    paths = [folder / f'{stem}.png' for stem in PNGS]
-    return [path for path in paths if path.exists()]
 
 
 def embedded(blob):
@@ -327,85 +285,69 @@ def embedded(blob):
 
 
 def thumbnails(x, side=64):
-    """Images (n, C, H, W) uint8 as float 0..1, no side longer than this."""
+    """Images (n, C, H, W) uint8 as addresses, no side longer than this."""
     scale = min(1, side / max(x.shape[2:]))
-    return F.interpolate(x.cpu().float() / 255, scale_factor=scale, mode='area')
+    small = F.interpolate(x.cpu().float() / 255, scale_factor=scale, mode='area')
+    return [embedded(png(sheet(image[None], gap=0, zoom=1))) for image in small]
 
 
-def gallery(x, captions):
-    """Images (n, C, H, W) uint8 as [(address, caption)]."""
-    images = []
-    for image, caption in zip(thumbnails(x), captions):
-        blob = png(sheet(image[None], gap=0, zoom=1))
-        images.append((embedded(blob), caption))
-    return images
-
-
-def feature_maps(shown, classes, seed, most=2000):
-    """The features of at most `most` images in two dimensions, by PCA and t-SNE, with their classes, or else
-    those that were predicted."""
-    ids = features.sample(len(shown['h']), most, seed)
+def feature_maps(shown, seed):
+    """The features of 2,000 images in two dimensions, by PCA and t-SNE, and their classes or, where those are
+    not known, the predicted ones."""
+    ids = features.sample(len(shown['h']), MAPPED, seed)
     h = shown['h'].cpu()[ids].float()
-    if len(h) < 4 or not h.isfinite().all():
+    if len(h) < 4:
         return None
-    maps = {}
+    by, kinds = '', torch.zeros(len(shown['h']), dtype=torch.int64)
     if 'y' in shown:
-        maps = {'by': 'class', 'kinds': shown['y'].cpu()[ids].tolist()}
+        by, kinds = 'class', shown['y']
     elif 'probs' in shown:
-        maps = {'by': 'predicted class', 'kinds': shown['probs'].argmax(1).cpu()[ids].tolist()}
-    y, kl = features.tsne(h, PERPLEXITY)
+        by, kinds = 'predicted class', shown['probs'].argmax(1)
+    tsne, kl = features.tsne(h)
     pca = features.principal(h)
     variance = pca.var(0) / h.var(0).sum()
     return {
-        **maps,
-        'names': classes,
+        'by': by,
+        'kinds': kinds.cpu()[ids].tolist(),
         'pca': pca.tolist(),
         'variance': variance.tolist(),
-        'tsne': y.tolist(),
-        'kl': kl,
-        'perplexity': PERPLEXITY}
+        'tsne': tsne.tolist(),
+        'kl': kl}
 
 
 def most_wrong(shown, classes, n=24):
-    """Gallery of the wrong predictions that were made with the most confidence."""
+    """[(address, caption)] of the wrong predictions that were made with the most confidence."""
     y = shown['y'].cpu()
     confidence, pred = shown['probs'].cpu().max(1)
     wrong = (pred != y).nonzero().flatten()
     ids = wrong[confidence[wrong].argsort(descending=True)[:n]]
-    captions = []
-    for i in ids:
-        captions.append(f'{classes[y[i]]}, predicted {classes[pred[i]]}, {confidence[i]:.1%}')
-    return gallery(shown['x'][ids], captions)
+    captions = [f'{classes[y[i]]}, predicted {classes[pred[i]]}, {confidence[i]:.1%}' for i in ids]
+    return list(zip(thumbnails(shown['x'][ids]), captions))
 
 
 def clusters(shown, classes, seed, n=8):
-    """Of each cluster its size, the class it is matched to, and members drawn at random."""
+    """Of each of the first 30 clusters its size, the class it is matched to, and members drawn at random."""
     found = []
     mapping = shown.get('mapping', {})
     for k in range(min(30, len(shown['centres']))):
         members = (shown['clusters'].cpu() == k).nonzero().flatten()
         ids = members[features.sample(len(members), n, seed, 'members', k)]
-        captions = [classes[y] for y in shown['y'].cpu()[ids]] if mapping else [''] * n
         found.append({
             'size': len(members),
             'name': classes[mapping[k]] if k in mapping else '',
-            'images': gallery(shown['x'][ids], captions)})
+            'images': thumbnails(shown['x'][ids])})
     return found
 
 
-def paid_labels(x, rows, rounds, classes, n=24):
-    """Estimated accuracy against the number of labels, labels by class, the newest predicted otherwise."""
+def paid_labels(rows, rounds, classes):
+    """Estimated accuracy against the number of labels, and labels by class."""
     estimates = []
     for number, (_, estimate) in rounds.items():
         if estimate:
             before = sum(row[2] < number for row in rows)
             estimates.append((before, estimate.mean, estimate.low, estimate.high))
-    other = [i for i, (_, y, _, pred) in enumerate(rows) if pred not in (None, y)][-n:]
-    captions = [f'{classes[rows[i][1]]}, predicted {classes[rows[i][3]]}' for i in other]
-    return {
-        'estimates': estimates,
-        'counts': [sum(row[1] == k for row in rows) for k in range(len(classes))],
-        'other': gallery(x[other], captions)}
+    counts = [sum(row[1] == k for row in rows) for k in range(len(classes))]
+    return {'estimates': estimates, 'counts': counts}
 
 
 # --------------------------------------------------------------------------------- the end of a run
@@ -426,39 +368,34 @@ def finish(run, ds, metrics, shown, began):
         write_tensorboard(run.folder, metrics, shown, ds.classes, args['seed'])
     run.write_metrics(metrics)
     say(f'{describe(metrics)}\n-> {run.folder}/report.html')
-    if args['tensorboard']:
-        say(f'-> {run.folder}/tensorboard, which tensorboard --logdir {run.folder} shows')
 
 
 def tensorboard_writer():
-    """torch's SummaryWriter. ValueError, one sentence, if it or what its images need can't be imported."""
+    """torch's SummaryWriter. ValueError if it or what its images need can't be imported."""
     try:
         import PIL.Image                                                # noqa: F401
         from torch.utils.tensorboard import SummaryWriter
-    except Exception as e:                                              # its packages may fail in any way
-        reason = ' '.join(str(e).split())
-        raise ValueError('--tensorboard needs the packages tensorboard and pillow, which can not be imported '
-                         f'here ({reason}); python -m pip install tensorboard pillow gets them') from None
+    except ImportError as e:
+        raise ValueError(f'--tensorboard needs the packages tensorboard and pillow ({e}); python -m pip '
+                         'install tensorboard pillow gets them') from None
     return SummaryWriter
 
 
-def write_tensorboard(folder, metrics, shown, classes, seed, most=2000):
+def write_tensorboard(folder, metrics, shown, classes, seed):
     """Folder `tensorboard` of a run: numbers by epoch and measures as scalars, its PNGs, and for the
-    projector the features of at most `most` measured images with their classes."""
+    projector the features of 2,000 measured images with their classes."""
     from PIL import Image
     shutil.rmtree(folder / 'tensorboard', ignore_errors=True)
     rows = [('training', row['epoch'], row) for row in runs.read_log(folder)]
     rows.append(('measured', metrics['epochs'] or 0, metrics))
-    ids = features.sample(len(shown['h']), most, seed)
+    ids = features.sample(len(shown['h']), MAPPED, seed)
     names = [classes[k] for k in shown['y'].cpu()[ids]] if 'y' in shown else None
-    x = thumbnails(shown['x'][ids])
     with tensorboard_writer()(folder / 'tensorboard') as writer:
         for group, epoch, values in rows:
             for key, value in values.items():
-                if isinstance(value, (int, float)) and key != 'epoch':
+                if isinstance(value, (int, float)):
                     writer.add_scalar(f'{group}/{key}', value, epoch)
-        for path in pngs(folder):
+        for path in folder.glob('*.png'):
             image = np.array(Image.open(path))
             writer.add_image(path.stem, image, dataformats='HWC'[:image.ndim])
-        square = x.shape[2] == x.shape[3]                               # its sprites are
-        writer.add_embedding(shown['h'].cpu()[ids], names, x if square else None)
+        writer.add_embedding(shown['h'].cpu()[ids], names)

@@ -246,8 +246,8 @@ class Run:
     """One run folder, opened for writing and locked until the process ends."""
 
     def __init__(self, folder, config, typed=(), resume=False, overwrite=False):
-        """config: as from describe(). typed: names of the arguments that were typed; on resume the others
-        come from the folder's config.json, and a typed one that differs from it is an error that names it."""
+        """config: as from describe(). typed: names of the arguments that were typed; on resume one that
+        differs from the folder's config.json is an error that names it."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
@@ -256,7 +256,9 @@ class Run:
             raise ValueError(f'{folder} exists; add --resume to continue it, --overwrite to start again, '
                              'or another --name')
         if exists and resume:
-            config = self._merge(read_config(self.folder), config, typed)
+            old = read_config(self.folder)
+            self._check_same(old, config, typed)
+            config = {**old, 'args': config['args']}            # the versions and machine that began it
         else:
             self._clear()
         self.config = config
@@ -273,7 +275,7 @@ class Run:
         except OSError:                                         # some shared folders know no locks
             pass
 
-    def _merge(self, old, new, typed):
+    def _check_same(self, old, new, typed):
         before = old['args']
         for key in sorted(set(typed) - NOT_IN_IDENTITY):
             if before.get(key) != new['args'][key]:
@@ -283,9 +285,6 @@ class Run:
         if old['data']['digest'] != new['data']['digest']:
             raise ValueError(f'{self.folder} was started on other data (its digest differs); '
                              'use another --name')
-        may_change = NOT_IN_IDENTITY - {'answers', 'search'}
-        kept = {k: v for k, v in before.items() if k not in typed and k not in may_change}
-        return {**old, 'args': {**new['args'], **kept}}
 
     def _clear(self):
         """Delete what an earlier run left. Labels that a person gave are put aside under a number."""

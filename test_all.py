@@ -36,7 +36,7 @@ def run_file(path, words):
         print(f'FAILED to import {path.stem}\n{traceback.format_exc()}', flush=True)
         return 0, 1
     passed = failed = 0
-    for name, test in vars(module).items():
+    for name, test in list(vars(module).items()):
         full = f'{path.stem}.{name}'
         if not name.startswith('test_') or words and not any(word in full for word in words):
             continue

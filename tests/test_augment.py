@@ -33,24 +33,18 @@ def test_views_keep_shape_and_range_and_repeat_by_generator():
         assert torch.equal(augment.augment(x, ALL_OFF, seeded(1)), x)
 
 
-def test_flip_alone_is_the_image_or_its_mirror():
-    for H, W in (8, 8), (9, 13):
-        x = rand(200, 3, H, W)
-        flipped = augment.warp(x, 1, True, 0, seeded())
-        same, mirrored = ((flipped - v).abs().amax((1, 2, 3)) < 1e-4 for v in (x, x.flip(3)))
-        assert (same ^ mirrored).all() and 70 < same.sum() < 130
-
-
 def test_warp_samples_the_window_it_drew():
     """Against scipy, in pixels: a window of the drawn extents and centre, mirrored, turned, bilinear."""
-    for (H, W), flip, rotate in itertools.product([(9, 13), (28, 28)], (False, True), (0, 30)):
-        x, g = rand(20, 2, H, W), seeded(3)
-        views = augment.warp(x, 0.3, flip, rotate, seeded(3))
+    H, W = 9, 13
+    x = rand(20, 1, H, W)
+    for crop, flip, rotate in (0.3, False, 0), (0.3, True, 30), (1, True, 0), (1, False, 30):
+        views, g = augment.warp(x, crop, flip, rotate, seeded(3)), seeded(3)
 
         def draw(low, high, g=g):
             return (torch.rand(20, generator=g) * (high - low) + low).double().numpy()
 
-        area, ratio = draw(0.3, 1), np.exp(draw(math.log(3 / 4), math.log(4 / 3)))
+        area = draw(crop, 1)
+        ratio = np.exp(draw(math.log(3 / 4), math.log(4 / 3))) ** (crop < 1)
         w, h = np.minimum(np.sqrt(area * ratio), 1), np.minimum(np.sqrt(area / ratio), 1)
         cx, cy = draw(-1, 1) * (1 - w) * W / 2, draw(-1, 1) * (1 - h) * H / 2
         mirror = np.where(draw(0, 1) < 0.5, 1, -1) if flip else np.ones(20)
@@ -61,16 +55,14 @@ def test_warp_samples_the_window_it_drew():
             u, v = dx * w[i] * mirror[i], dy * h[i]
             across = math.cos(angle[i]) * u - math.sin(angle[i]) * v + cx[i] + (W - 1) / 2
             down = math.sin(angle[i]) * u + math.cos(angle[i]) * v + cy[i] + (H - 1) / 2
-            for c in range(2):
-                wanted = scipy.ndimage.map_coordinates(x[i, c].numpy(), [down, across], order=1,
-                                                       mode='grid-constant')
-                assert close(views[i, c], wanted, 1e-4)
+            wanted = scipy.ndimage.map_coordinates(x[i, 0].numpy(), [down, across], order=1,
+                                                   mode='grid-constant')
+            assert close(views[i, 0], wanted, 1e-4)
 
 
 def test_fixed_views_are_the_image_its_mirror_and_four_corner_crops():
-    x = rand(3, 2, 50, 75)
-    for crop, flip, n in (0, 0, 1), (0, 1, 2), (1, 0, 5), (1, 1, 6):
-        assert len(list(augment.fixed_views(x, crop, flip))) == n
+    x = rand(3, 1, 50, 75)
+    assert len(list(augment.fixed_views(x, False, True))) == 2
     same, mirrored, *corners = augment.fixed_views(x, True, True)
     assert torch.equal(same, x) and torch.equal(mirrored, x.flip(3))
     plain = list(augment.fixed_views(x, True, False))[1:]
@@ -85,12 +77,11 @@ def test_fixed_views_are_the_image_its_mirror_and_four_corner_crops():
 
 def test_jitter_on_grey_is_brightness_and_contrast_and_nothing_else():
     x = rand(50, 1, 9, 8) * 0.2 + 0.4                                     # in the middle: nothing is clipped
-    out = augment.color_jitter(x, 0.1, seeded())
-    for a, b in zip(x.flatten(1).double().numpy(), out.flatten(1).double().numpy()):
-        slope, offset = np.polyfit(a, b, 1)          # contrast, then what brightness adds
-        assert close(b, slope * a + offset, 1e-5) and 0.8 < slope < 1.22
+    for a, b in zip(x, augment.color_jitter(x, 0.1, seeded())):
         bright = b.mean() / a.mean()
-        assert 0.9 - 1e-6 <= bright <= 1.1 + 1e-6 and 0.9 - 1e-6 <= slope / bright <= 1.1 + 1e-6
+        contrast = b.std() / a.std() / bright
+        assert close(b, ((a - a.mean()) * contrast + a.mean()) * bright)
+        assert 0.899 < bright < 1.101 and 0.899 < contrast < 1.101
 
 
 def test_colour_jitter_parts_by_their_formulas():
@@ -128,25 +119,17 @@ def test_half_precision_around_them_changes_no_view():
             assert torch.equal(augment.augment(x, ALL_ON, seeded(seed)), plain)
 
 
-def test_blur_keeps_the_sum_is_a_gaussian_and_scales_with_the_image():
-    for side, taps in (28, 3), (96, 9), (9, 3):
-        x = torch.zeros(60, 1, side, side)
-        x[:, :, side // 2, side // 2] = 1
-        out = augment.blur(x, 1.0, seeded())[:, 0]
-        m, r = side // 2, taps // 2
-        core = out[:, m - r:m + r + 1, m - r:m + r + 1]
-        assert close(out.sum((1, 2)), np.ones(60)) and close(core.sum((1, 2)), np.ones(60))
-        peak = core[:, r, r]
-        assert peak.min() < 0.5 < 0.95 < peak.max()           # strong to none: not degenerate at 28
-        ratio = (core[:, r, r + 1] / peak).clamp(1e-30).double()          # exp(-1 / 2 sigma^2)
-        i, j = torch.meshgrid(*[torch.arange(-r, r + 1)] * 2, indexing='ij')
-        gauss = ratio.view(-1, 1, 1) ** (i ** 2 + j ** 2)
-        assert close(core, gauss / gauss.sum((1, 2), keepdim=True), 1e-4)
-    x = rand(400, 3, 28, 28)
-    changed = (augment.blur(x, 0.25, seeded()) - x).abs().amax((1, 2, 3)) > 1e-3
-    assert 50 < changed.sum() < 120
-    flat = torch.full((2, 1, 9, 13), 0.7)
-    assert close(augment.blur(flat, 1.0, seeded()), flat)     # nothing gets in from beyond the border
+def test_blur_is_scipys_gaussian_of_the_width_it_drew_and_scales_with_the_image():
+    for side, radius in (9, 1), (28, 1), (96, 4):
+        x, g = rand(30, 1, side, side + 4), seeded(2)
+        out = augment.blur(x, 0.7, seeded(2))
+        sigma = torch.rand(30, generator=g) * 0.5 * radius + 0.1
+        blurred = torch.rand(30, generator=g) < 0.7
+        assert 10 < blurred.sum() < 30
+        for i in range(30):
+            wanted = scipy.ndimage.gaussian_filter(x[i, 0].double().numpy(), sigma[i].item(),
+                                                    mode='mirror', radius=radius)
+            assert close(out[i, 0], wanted if blurred[i] else x[i, 0], 1e-4)
 
 
 def test_cutout_erases_one_square_of_the_size_asked_for():

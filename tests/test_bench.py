@@ -1,18 +1,16 @@
 """Tests of bench.py."""
 from helpers import python
-import contextlib
-import io
 from unittest import mock
 
 import torch
 
 import bench
 
-SETUP = bench.Setup(torch.device('cpu'), False, True)
+SETUP = bench.Setup(torch.device('cpu'), False, 0.1)
 
 
 def test_the_benchmark_counts_what_ran_and_names_what_is_missing():
-    process = python('bench.py', '--quick', '--peers', 'NT-Xent, B = 512')
+    process = python('bench.py', '--scale', 0.1, '--repeats', 1, '--peers', 'NT-Xent, B = 512')
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     lines = [line for line in out.splitlines() if line.startswith('NT-Xent, B = 512')]
@@ -22,25 +20,20 @@ def test_the_benchmark_counts_what_ran_and_names_what_is_missing():
     rows = bench.measure(bench.nt_xent(SETUP, 512), SETUP, False, 3)
     assert rows[0].flops == 3 * 2 * 1024 ** 2 * 128           # similarities, and twice their gradient
     assert len(rows[0].seconds) == 3 and min(rows[0].seconds) > 0
-    for row in bench.measure(bench.limit(SETUP, True), SETUP, False, 1)[1:]:
-        assert row.flops == 2 * 64 * 9 * (64 * 28) ** 2       # the same in all three convolutions
 
 
 def test_an_epoch_is_timed_by_the_functions_of_training():
-    images, models, make = (torch.rand(640, 1, 28, 28) * 255).byte(), [], bench.network
+    x, models, make = (torch.rand(512, 1, 28, 28) * 255).byte(), [], bench.network
 
     def network(*given):
         models.append(make(*given))
         return models[-1]
-    with mock.patch.object(bench, 'images', lambda n: images[:n]), \
-            mock.patch.object(bench, 'network', network):
-        for method in ('ae', 'query'):
-            part, model = bench.epoch(SETUP, method, 8 * 512), models[0]
-            before = [p.clone() for p in model.parameters()]
-            with contextlib.redirect_stdout(io.StringIO()):
-                part.calls['ours']()
-            models.clear()
-            assert part.amount == 512 and not all(map(torch.equal, before, model.parameters()))
+    with mock.patch.object(bench, 'images', lambda n: x[:n]), mock.patch.object(bench, 'network', network):
+        part = bench.epoch(SETUP, 'ae', 5120)
+    for _ in range(2):                                        # each call is another epoch
+        before = [p.clone() for p in models[0].parameters()]
+        part.calls['ours']()
+        assert part.amount == 512 and not all(map(torch.equal, before, models[0].parameters()))
 
 
 def test_shares_of_the_limit_and_ratios_are_those_of_the_medians():
@@ -60,5 +53,4 @@ def test_shares_of_the_limit_and_ratios_are_those_of_the_medians():
 def test_seconds_are_those_of_one_call():
     clock = iter(range(1000))
     with mock.patch.object(bench.time, 'perf_counter', lambda: next(clock)):
-        assert bench.timed(lambda: None, 4, SETUP) == 1 / 4
-    assert 0.02 < bench.timed(lambda: bench.time.sleep(0.02), 3, SETUP) < 1
+        assert bench.timed(lambda: None, 4) == 1 / 4

@@ -1,5 +1,5 @@
 """Tests of distributed.py."""
-from helpers import HERE, close, folder, python, raises, randn
+from helpers import HERE, close, folder, python, randn
 import os
 import unittest
 from unittest import mock
@@ -62,7 +62,8 @@ def test_batchnorm_across_processes_keeps_its_digits_far_from_zero():
         ours.__class__ = distributed.SyncBatchNorm
         x = at + spread * randn(6, 3, 4, 5)
         halves = [half.clone().requires_grad_() for half in x.split(3)]
-        other = torch.stack([halves[1].mean((0, 2, 3)), halves[1].var((0, 2, 3), correction=0)])
+        dims = {'dim': (0, 2, 3), 'keepdim': True}
+        other = torch.stack([halves[1].mean(**dims), halves[1].var(**dims, correction=0)])
         with mock.patch.object(distributed, 'world', lambda: 2), \
                 mock.patch.object(distributed, 'gather', lambda z, other=other: torch.stack([z[0], other])):
             found = ours(halves[0])
@@ -80,8 +81,6 @@ def test_each_process_takes_its_share_of_a_batch_and_a_card_of_its_own():
     assert distributed.own_device(cuda) == cuda and torch.equal(distributed.share(ids), ids)
     with mock.patch.dict(os.environ, WORLD_SIZE='4', LOCAL_RANK='3'):
         assert distributed.own_device(cuda) == torch.device('cuda:3') and distributed.own_device(cpu) == cpu
-        with raises(ValueError, '--device cpu'):
-            distributed.start(torch.device('mps'))
     shares = []
     for rank in range(3):
         with mock.patch.object(distributed, 'world', lambda: 3), \

@@ -21,7 +21,7 @@ def nt_xent_by_loops(z1, z2, tau):
 
 
 def test_nt_xent_is_equation_1_written_out():
-    for B, tau, chunk in itertools.product((1, 2, 5), (0.1, 0.5, 2.0), (1 << 20, 30, 1)):
+    for B, tau, chunk in itertools.product((1, 2, 5), (0.1, 2.0), (1 << 20, 30, 1)):
         z1, z2 = randn(B, 7, seed=B).requires_grad_(), randn(B, 7, seed=9).requires_grad_()
         with mock.patch.object(losses, 'CHUNK', chunk):
             loss, wanted = losses.nt_xent(z1, z2, tau), nt_xent_by_loops(z1, z2, tau)
@@ -43,35 +43,31 @@ def test_nt_xent_of_equal_rows_is_chance_and_small_tau_does_not_overflow():
     assert losses.nt_xent(torch.eye(4), torch.eye(4), 0.01) < 1e-6
 
 
-def cast(args, dtype):
-    """The floating tensors among the arguments in that type."""
-    return [a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
-
-
 def test_losses_are_float32_inside_bfloat16_autocast():
     x, logits, mu, logvar = rand(3, 1, 4, 5), randn(3, 1, 4, 5), randn(3, 6, seed=1), randn(3, 6, seed=2)
-    for loss, args in ((losses.mse, (logits, x)), (losses.nt_xent, (mu, logvar, 0.1)),
-                       (losses.cross_entropy, (mu, torch.tensor([0, 5, 2]))),
-                       (losses.scan, (mu.softmax(1), logvar.softmax(1), 2.0)),
-                       (lambda *v: losses.elbo(*v)[0], (logits, x, mu, logvar)),
-                       (lambda *v: losses.elbo(*v, likelihood='gaussian')[0], (logits, x, mu, logvar))):
+    y = torch.tensor([0, 5, 2])
+    for loss, *args in (
+            (losses.mse, logits, x),
+            (lambda *v: losses.nt_xent(*v, 0.1), mu, logvar),
+            (lambda v: losses.cross_entropy(v, y), mu),
+            (lambda *v: losses.scan(*v, 2.0), mu.softmax(1), logvar.softmax(1)),
+            (lambda *v: losses.elbo(*v)[0], logits, x, mu, logvar),
+            (lambda *v: losses.elbo(*v, likelihood='gaussian')[0], logits, x, mu, logvar)):
         with torch.autocast('cpu', dtype=torch.bfloat16):
             mixed = loss(*args)
         assert mixed.dtype == torch.float32 and torch.equal(mixed, loss(*args))
-        half = cast(args, torch.bfloat16)
-        rounded = cast(half, torch.float32)
-        assert loss(*half).dtype == torch.float32 and torch.equal(loss(*half), loss(*rounded))
+        half = [v.bfloat16() for v in args]
+        assert loss(*half).dtype == torch.float32
+        assert torch.equal(loss(*half), loss(*(v.float() for v in half)))
 
 
 def test_mse_and_cross_entropy_are_means_of_every_term():
     a, b = rand(2, 3, 4, 5), rand(2, 3, 4, 5, seed=1)
-    squares = [(p - q) ** 2 for p, q in zip(a.flatten().tolist(), b.flatten().tolist())]
-    assert close(losses.mse(a, b), sum(squares) / 120)
+    assert close(losses.mse(a, b), sum((p - q) ** 2 for p, q in zip(a.flatten(), b.flatten())) / 120)
     logits, y, weight = randn(6, 4), torch.arange(6) % 4, rand(6)
-    log_p = (logits.double().exp() / logits.double().exp().sum(1, keepdim=True)).log()
-    log_p = log_p[torch.arange(6), y]
-    assert close(losses.cross_entropy(logits, y), -log_p.sum() / 6)
-    assert close(losses.cross_entropy(logits, y, weight), -(weight * log_p).sum() / 6)
+    terms = [-(row[k].exp() / row.exp().sum()).log() for row, k in zip(logits.double(), y)]
+    assert close(losses.cross_entropy(logits, y), sum(terms) / 6)
+    assert close(losses.cross_entropy(logits, y, weight), sum(w * t for w, t in zip(weight, terms)) / 6)
 
 
 def test_elbo_agrees_with_torch_distributions():

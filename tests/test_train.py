@@ -1,7 +1,7 @@
-from helpers import (HERE, TRAINED, Killed, close, finished, folder, full_disk, images, logged, posix, python,
-                     raises, randn, refused, run, stopping, tiny, weights, write_npz, assert_same_run)
+"""The optimizer and the loop: schedules, signals, and runs that are stopped in every way and resumed."""
+from helpers import (HERE, TRAINED, Killed, assert_same_run, close, finished, folder, full_disk, images,
+                     logged, posix, python, raises, refused, run, stopping, tiny, write_npz)
 import contextlib
-import io
 import itertools
 import math
 import os
@@ -9,7 +9,6 @@ import signal
 import time
 from unittest import mock
 
-import numpy as np
 import torch
 
 import data
@@ -17,34 +16,18 @@ import nets
 import pretrain
 import train
 
-STEPS = {'classify': 6}
-
 
 def test_the_learning_rate_warms_up_to_its_peak_and_comes_down_to_zero_step_by_step():
     curve = [train.lr_scale(s, 100, 10, math.inf) for s in range(100)]
     wanted = [(s + 1) / 10 if s < 10 else (1 + math.cos(math.pi * (s - 10) / 90)) / 2 for s in range(100)]
     assert close(curve, wanted)
-    constant = [train.lr_scale(s, 100, 10, 20) for s in range(100)]
-    assert constant[10:81] == [1] * 71
-    assert close(constant[80:], [(1 + math.cos(math.pi * s / 20)) / 2 for s in range(20)])
+    late = [train.lr_scale(s, 100, 10, 20) for s in range(100)]
+    assert late[10:81] == [1] * 71
+    assert close(late[80:], [(1 + math.cos(math.pi * s / 20)) / 2 for s in range(20)])
     for steps, warmup, decay in itertools.product((1, 3, 10), (0, 0.5, 3.5, 50), (0, 2, math.inf)):
         assert all(0 < train.lr_scale(s, steps, warmup, decay) <= 1 for s in range(steps))
-
-
-def test_the_schedule_is_asked_at_every_step_of_the_whole_run():
-    asked, lr_scale = [], train.lr_scale
-
-    def spy(*given):
-        asked.append(given)
-        return lr_scale(*given)
-    with folder() as cwd, mock.patch.object(train, 'lr_scale', spy):
-        write_npz(cwd / 'tiny.npz')
-        assert run(*tiny('conv'), '--lr', 0.01, cwd=cwd)[0] == 0
-        assert [step for step, *_ in asked] == list(range(6)) and len({tuple(rest) for _, *rest in asked}) == 1
-        state = torch.load(cwd / 'runs/conv/checkpoint.pt', weights_only=True)
-        rates = [group['lr'] for group in state['optimizer']['param_groups']]
-        assert close(rates, [0.01 * lr_scale(*asked[5])] * 2)
-        assert close([row['lr'] for row in logged(cwd / 'runs/conv')], [0.01 * lr_scale(*asked[i]) for i in (2, 5)])
+    rates = [row['lr'] for row in logged(finished('conv'))]   # at the ends of two epochs of three steps
+    assert close(rates, [0.002 * train.lr_scale(s, 6, 1.5, math.inf) for s in (2, 5)])
 
 
 def test_weight_decay_spares_norms_and_biases():
@@ -61,23 +44,6 @@ def test_weight_decay_spares_norms_and_biases():
     assert norms < set(before)
 
 
-def test_adamw_steps_by_its_formula_and_the_same_after_a_reload():
-    layer = torch.nn.Linear(3, 1, bias=False)
-    w, grads = layer.weight.detach().double().flatten().numpy(), randn(4, 3).double().numpy()
-    opt, m, v = train.optimizer(layer, 0.01, 0.1), 0, 0
-    for t, g in enumerate(grads, 1):
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        w = w * (1 - 0.01 * 0.1) - 0.01 * (m / (1 - 0.9 ** t)) / (np.sqrt(v / (1 - 0.999 ** t)) + 1e-8)
-        layer.weight.grad = torch.tensor(g).float().view(1, 3)
-        opt.step()
-        assert close(layer.weight.flatten(), w, 1e-5)
-        blob, old = io.BytesIO(), opt
-        torch.save(old.state_dict(), blob)
-        blob.seek(0)
-        opt = train.optimizer(layer, 0.5, 0.1)
-        opt.load_state_dict(torch.load(blob, weights_only=True))
-
-
 def test_sam_takes_the_gradient_where_the_loss_is_highest_nearby_and_goes_back():
     model = torch.nn.Linear(2, 1, bias=False).double()
     model.weight.data = torch.tensor([[3.0, 4.0]]).double()
@@ -89,7 +55,7 @@ def test_sam_takes_the_gradient_where_the_loss_is_highest_nearby_and_goes_back()
 
 def test_the_first_signal_is_noted_the_second_acts_and_an_ignored_one_stays_ignored():
     posix()
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGINT)
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with raises(KeyboardInterrupt), train.signals() as seen:
@@ -102,34 +68,30 @@ def test_the_first_signal_is_noted_the_second_acts_and_an_ignored_one_stays_igno
         with train.signals() as seen:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.05)
-            assert not seen
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        assert signal.getsignal(signal.SIGTERM) == before[1]
+        assert not seen and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGINT, before)
 
 
 def test_validation_leaves_the_model_as_it_is_and_weighs_images_equally():
     model = nets.build('conv', 'resnet', (1, 10, 12), 0.1, 4).train()
-    x, before = torch.from_numpy(images(23)[0])[:, None], {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.from_numpy(images(23)[0])[:, None]
+    before = {name: v.clone() for name, v in model.state_dict().items()}
     row = train.validate(model, pretrain.autoencoding, x, 10, 0, False)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
     v = x.float() / 255
     assert close(row['val_loss'], ((model(v) - v) ** 2).mean())
     assert close(row['std'], model.encode(v).std(0, unbiased=False).mean()) and not row['collapsed']
-    speed = {'epoch': 1, 'loss': 0.1, 'images_per_s': 1}
-    assert 'WARNING' not in train.describe({**speed, **row}, 2)
     model.encode = lambda x: torch.full((len(x), 4), 7.0) + 1e-3 * x[:, 0, 0, :4]
     row = train.validate(model, lambda *_: (torch.tensor(1.0), {}), x, 10, 0, False)
-    assert 'collapsed' in train.describe({**speed, **row}, 2)
+    assert 'collapsed' in train.describe({'epoch': 1, 'loss': 0.1, 'images_per_s': 1, **row}, 2)
 
 
 def test_the_same_seed_twice_is_bit_identical_also_if_images_are_read_batch_by_batch():
-    with folder() as cwd:
+    with folder() as cwd, mock.patch.object(data, 'MAX_RESIDENT_BYTES', 0):
         write_npz(cwd / 'tiny.npz')
         for method in TRAINED:
-            with mock.patch.object(data, 'MAX_RESIDENT_BYTES', 0):
-                code, _, err = run(*tiny(method), cwd=cwd)
+            code, _, err = run(*tiny(method), cwd=cwd)
             assert code == 0 and not err, err
             assert_same_run(cwd / 'runs' / method, finished(method))
 
@@ -168,9 +130,6 @@ def test_a_run_resumes_after_a_damaged_checkpoint_a_torn_log_and_a_full_disk():
         code, _, err = run(*tiny('conv'), '--resume', cwd=cwd)
         assert code == 0 and 'checkpoint.pt' in err and err.count('\n') == 1
         assert_same_run(there, finished('conv'))
-        for name in 'checkpoint.pt', 'checkpoint.previous.pt':
-            (there / name).write_bytes(b'junk')
-        refused('--evaluate', there, cwd=cwd, said=['--overwrite'])
 
 
 SLOWLY = f'''
@@ -180,7 +139,7 @@ from helpers import cli
 import train
 update, train.SAVE_EVERY = train.Trainer._update, 0.01
 def slow(*given):
-    time.sleep(0.5)
+    time.sleep(2)
     return update(*given)
 train.Trainer._update = slow
 sys.exit(cli().main(sys.argv[1:]))
@@ -189,25 +148,26 @@ sys.exit(cli().main(sys.argv[1:]))
 
 def test_real_processes_killed_or_stopped_are_resumed_and_guarded_while_alive():
     posix()
-    ends = {'simclr': (signal.SIGKILL, -signal.SIGKILL), 'vae': (signal.SIGTERM, 130), 'ae': (signal.SIGINT, 130)}
+    ends = {'simclr': signal.SIGKILL, 'vae': signal.SIGTERM, 'ae': signal.SIGINT}
+    wanted = {method: finished(method) for method in ends}
     with folder() as cwd:
         write_npz(cwd / 'tiny.npz')
-        processes = {method: python('-c', SLOWLY, *tiny(method), cwd=cwd) for method in ends}
-        for method, process in processes.items():
+        processes = {}
+        for method in ends:
+            process = processes[method] = python('-c', SLOWLY, *tiny(method), cwd=cwd)
             while not (cwd / 'runs' / method / 'checkpoint.pt').exists() and process.poll() is None:
                 time.sleep(0.01)
             if method == 'simclr':
                 refused(*tiny(method), '--resume', cwd=cwd, said=['in use by another process'])
-            process.send_signal(ends[method][0])
+            process.send_signal(ends[method])
         for method, process in processes.items():
             out, err = process.communicate(timeout=60)
-            assert process.returncode == ends[method][1] and not err, (method, process.returncode, err)
-            assert process.returncode < 0 or '--resume to continue' in out
-        for method in ends:
+            code = -signal.SIGKILL if method == 'simclr' else 130
+            assert process.returncode == code and not err, (method, process.returncode, err)
+            assert code < 0 or '--resume to continue' in out
             assert not (cwd / 'runs' / method / 'metrics.json').exists()
-            code, _, err = run(*tiny(method), '--resume', cwd=cwd)
-            assert code == 0, err
-            assert_same_run(cwd / 'runs' / method, finished(method))
+            assert run(*tiny(method), '--resume', cwd=cwd)[0] == 0
+            assert_same_run(cwd / 'runs' / method, wanted[method])
 
 
 def test_every_method_can_do_with_deterministic_algorithms_alone_and_resumes_with_them():
@@ -224,8 +184,7 @@ def test_every_method_can_do_with_deterministic_algorithms_alone_and_resumes_wit
                 assert run(*tiny(method), '--deterministic', cwd=cwd)[0] == 130
             assert run(*tiny(method, '--resume'), cwd=cwd)[0] == 0          # it is kept
             assert_same_run(cwd / 'runs' / method, finished(method))
-        assert all(seen) and os.environ['CUBLAS_WORKSPACE_CONFIG'] in (':4096:8', ':16:8')
-        assert run(*tiny('ae'), '--overwrite', cwd=cwd)[0] == 0 and seen[-1] is False
+        assert all(seen) and run(*tiny('ae'), '--overwrite', cwd=cwd)[0] == 0 and not seen[-1]
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_the_last_good_checkpoint_stays():
@@ -233,40 +192,31 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_the_last_good_check
 
     def exploding(trainer, *given):
         loss = backward(trainer, *given)
-        return loss * math.nan if trainer.epoch == 2 and trainer.step == 0 else loss
+        return loss * math.nan if (trainer.epoch, trainer.step) == (2, 0) else loss
     with folder() as cwd:
         write_npz(cwd / 'tiny.npz')
         for method in TRAINED:
-            with mock.patch.object(train.Trainer, '_backward', exploding), mock.patch.object(train, 'SAVE_EVERY', 0):
-                refused(*tiny(method), cwd=cwd, said=['the loss is not finite at epoch 2, step 1', 'lower --lr'])
-            assert all(np.isfinite(v).all() for v in weights(cwd / 'runs' / method).values() if isinstance(v, float))
+            with mock.patch.object(train.Trainer, '_backward', exploding), \
+                    mock.patch.object(train, 'SAVE_EVERY', 0):
+                said = ['the loss is not finite at epoch 2, step 1', 'lower --lr']
+                refused(*tiny(method), cwd=cwd, said=said)
             assert run(*tiny(method), '--resume', cwd=cwd)[0] == 0
             assert_same_run(cwd / 'runs' / method, finished(method))
-
-
-def test_a_huge_learning_rate_never_saves_weights_that_are_not_finite():
-    with folder() as cwd, mock.patch.object(train, 'SAVE_EVERY', 0):
-        write_npz(cwd / 'tiny.npz')
-        codes = []
-        for method in TRAINED:
-            code, _, err = run(*tiny(method), '--lr', 1e9, cwd=cwd)
-            path = cwd / 'runs' / method / 'checkpoint.pt'
-            if path.exists():
-                state = torch.load(path, weights_only=True)['model']
-                assert all(v.isfinite().all() for v in state.values()), method
-            assert code in (0, 2) and err.count('\n') == (code == 2), err
-            codes.append(code)
-        assert 2 in codes
+            run(*tiny(method), '--overwrite', '--lr', 1e9, cwd=cwd)
+            for path in (cwd / 'runs' / method).glob('checkpoint.pt'):
+                state = torch.load(path, weights_only=True)
+                assert all(v.isfinite().all() for v in state['model'].values()), method
 
 
 def test_too_little_memory_is_one_sentence_of_advice():
     allocator = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000"
+    lacks = torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB'), RuntimeError(allocator), MemoryError()
     with folder() as cwd:
         write_npz(cwd / 'tiny.npz')
-        for e in (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), RuntimeError(allocator),
-                  RuntimeError('std::bad_alloc'), MemoryError()):
+        for e in lacks:
             with mock.patch.object(train.Trainer, '_update', side_effect=e):
-                refused(*tiny('simclr'), '--name', len(str(e)), cwd=cwd, said=['out of memory', '--batch-size'])
+                said = ['out of memory', '--batch-size']
+                refused(*tiny('simclr'), '--name', type(e).__name__, cwd=cwd, said=said)
         fault = RuntimeError('CUDA error: an illegal memory access was encountered')
         with mock.patch.object(train.Trainer, '_update', side_effect=fault), raises(RuntimeError, 'illegal'):
             run(*tiny('ae'), cwd=cwd)                         # what is no lack of memory is not called one
@@ -287,10 +237,10 @@ def test_a_folder_that_can_not_be_written_and_a_full_disk_are_one_sentence():
         finally:
             os.seteuid(was)
             os.chmod(cwd, 0o755)
-        for method, size in itertools.product(TRAINED, (0, 300, 3000)):        # config.json, labels, checkpoint
+        for method, size in itertools.product((*TRAINED, 'scan'), (0, 300, 3000)):    # bytes of a file
             with full_disk(size):
-                refused(*tiny(method, '--name', f'{method}{size}'), cwd=cwd, said=[f'{method}{size}'])
+                said = [f'{method}{size}'] + ['make room'] * (method == 'ae')
+                refused(*tiny(method, '--name', f'{method}{size}'), cwd=cwd, said=said)
             assert not list((cwd / 'runs').glob('*/*.tmp'))
-        for method in 'query', 'scan':
-            assert run(*tiny(method, '--name', f'{method}3000', '--resume'), cwd=cwd)[0] == 0
-            assert_same_run(cwd / 'runs' / f'{method}3000', finished(method))
+            assert run(*tiny(method, '--name', f'{method}{size}', '--resume'), cwd=cwd)[0] == 0
+            assert_same_run(cwd / 'runs' / f'{method}{size}', finished(method))
