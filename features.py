@@ -93,11 +93,15 @@ def knn(x_train, y_train, x_test, k=20, tau=0.07, classes=None):
 
 def principal(h, k=2):
     """First k principal components of a few thousand rows h (N, D), N >= k: (N, k) float32, 0 beyond D."""
-    centred = h.cpu().double()      # squares of any float32 stay finite
-    centred = centred - centred.mean(0)
-    values, vectors = torch.linalg.eigh(centred @ centred.T)
-    components = vectors * values.clamp(min=0).sqrt()
-    return components[:, -k:].flip(1).float().to(h.device)
+    x = h.cpu().double()            # squares of any float32 stay finite
+    x = x - x.mean(0)
+    if x.shape[1] < len(x):
+        components = x @ torch.linalg.eigh(x.T @ x).eigenvectors
+    else:                           # the smaller product has the same ones
+        values, vectors = torch.linalg.eigh(x @ x.T)
+        components = vectors * values.clamp(min=0).sqrt()
+    found = components[:, -k:].flip(1)
+    return F.pad(found, (0, k - found.shape[1])).float().to(h.device)
 
 
 def effective_rank(h):
@@ -115,19 +119,15 @@ def effective_rank(h):
 
 # ------------------------------------------------- exact t-SNE (van der Maaten & Hinton, JMLR 2008)
 
-def squared_distances(x):
-    """(N, N) of the rows of x (N, D), which lie around 0."""
-    square = x.square().sum(1)
-    return torch.addmm(square, x, x.T, alpha=-2).add_(square.unsqueeze(1)).clamp_(min=0)
-
-
 def conditional(x, perplexity):
     """(N, N), row i: equation 1's p(j given i) of the rows of x (N, D). The diagonal is 0.
 
     A Gaussian around x_i whose width, found by bisection, gives the row the perplexity: e to its entropy in
     nats.
     """
-    d = squared_distances(x - x.mean(0))            # far from 0 the squares would lose their digits
+    x = x - x.mean(0)               # far from 0 the squares would lose their digits
+    square = x.square().sum(1)
+    d = (torch.addmm(square, x, x.T, alpha=-2) + square.unsqueeze(1)).clamp(min=0)
     d = d / d.mean().clamp(min=1e-30)
     d.fill_diagonal_(torch.inf)
     d = d - d.amin(1, keepdim=True)                 # the nearest has exp(0)
@@ -153,7 +153,10 @@ def joint(x, perplexity):
 
 def student_t(y):
     """(N, N): 1 / (1 + |y_i - y_j|^2), 0 on the diagonal; over its sum it is Q of equation 4."""
-    return (1 + squared_distances(y)).reciprocal_().fill_diagonal_(0)
+    square, one = y.square().sum(1, keepdim=True), torch.ones_like(y[:, :1])
+    left = torch.cat([-2 * y, 1 + square, one], 1)  # one product of these is all of 1 + |y_i - y_j|^2
+    right = torch.cat([y, one, square], 1)
+    return (left @ right.T).clamp_(min=1).reciprocal_().fill_diagonal_(0)
 
 
 def kl(P, y):
@@ -166,7 +169,7 @@ def kl(P, y):
 def gradient(P, y):
     """Gradient of the KL by y, (N, 2): 4 sum_j (p_ij - q_ij)(y_i - y_j) / (1 + |y_i - y_j|^2), equation 5."""
     q = student_t(y)
-    pull = (P - q / q.sum()) * q
+    pull = torch.sub(P, q, alpha=1 / q.sum().item()).mul_(q)
     return 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
 
 
@@ -179,12 +182,12 @@ def tsne(x, perplexity=30.0, steps=500):
     P = joint(x.float(), min(perplexity, (len(x) - 1) / 3))
     y = principal(x)
     y = 1e-4 * y / y[:, 0].std().clamp(min=1e-30)
-    speed, gains = torch.zeros_like(y), torch.ones_like(y)
+    speed, gains, exaggerated = torch.zeros_like(y), torch.ones_like(y), 12 * P
     lr = max(50.0, len(x) / 48)
     update = progress('t-SNE', steps)
     for step in range(steps):
         early = step < steps // 4
-        slope = gradient(12 * P if early else P, y)
+        slope = gradient(exaggerated if early else P, y)
         gains = torch.where(slope * speed < 0, gains + 0.2, gains * 0.8).clamp(min=0.01)
         speed = (0.5 if early else 0.8) * speed - lr * gains * slope
         y = y + speed

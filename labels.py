@@ -94,6 +94,8 @@ class LabelDatabase:
         try:
             yield
         except (sqlite3.Error, OverflowError, UnicodeError) as e:
+            if 'locked' in str(e):
+                raise ValueError(f'{self.path} is in use by another program; try again') from None
             raise ValueError(f'{self.path} can not be used as a label database ({e})') from None
 
     def _rows(self, sql, *values):

@@ -63,9 +63,12 @@ class NarrowConv(torch.autograd.Function):
 def side_by_side(x, width, n=16):
     """Maps (B, C, H, W), each padded with zeros to `width`, n in a row: (ceil(B / n), C, H, n * width)."""
     B, C, H, W = x.shape
-    rows = math.ceil(B / n)
-    x = F.pad(x, (0, width - W, 0, 0, 0, 0, 0, rows * n - B))
-    return torch.cat(x.split(rows), dim=3)
+    x = torch.cat([x, x.new_zeros(-B % n, C, H, W)]) if B % n else x
+    rows = x.permute(0, 2, 3, 1).unflatten(0, (-1, n)).transpose(1, 2)
+    out = x.new_empty(len(rows), H, n, width, C)
+    out[:, :, :, :W] = rows
+    out[:, :, :, W:] = 0
+    return out.flatten(2, 3).permute(0, 3, 1, 2)               # channels last
 
 
 def conv_bn(c_in, c_out, stride=1, kernel=3):
@@ -326,7 +329,7 @@ class NeighbourVote(Model):
 class Pixels(Model):
     """The pixels as features."""
 
-    def __init__(self, shape=None):
+    def __init__(self):
         super().__init__(nn.Flatten())
 
 
@@ -341,11 +344,15 @@ class PCA(nn.Module):
         self.register_buffer('components', torch.zeros(pixels, k))
 
     def fit(self, x):
-        """Exact components of pixels x (N, C * H * W), the largest first; those after the N-th are zero."""
+        """Exact components of pixels x (N, C * H * W), the largest first."""
+        pixels, k = self.components.shape
         self.mean.copy_(x.mean(0))
-        k = self.components.shape[1]
-        found = torch.linalg.svd((x - self.mean).cpu(), full_matrices=False).Vh[:k]
-        self.components[:, :len(found)] = found.T
+        x = (x - self.mean).cpu()                              # few devices have these decompositions
+        if k <= len(x) < pixels:                               # fewer images than pixels: no square matrix
+            vectors = torch.linalg.svd(x, full_matrices=False).Vh.T
+        else:
+            vectors = torch.linalg.eigh(x.T @ x / len(x)).eigenvectors.flip(1)
+        self.components.copy_(vectors[:, :k])
 
     def encode(self, x):
         return (x.flatten(1) - self.mean) @ self.components
@@ -386,7 +393,7 @@ def build(method, net, shape, width=1.0, latent=None, recon=False):
     decoder.
     """
     if method == 'pixels':
-        return Pixels(shape)
+        return Pixels()
     if method == 'pca':
         return PCA(shape, latent)
     if method == 'vae':

@@ -9,6 +9,7 @@ import math
 import secrets
 import threading
 import time
+import unicodedata
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -81,7 +82,7 @@ class File:
 
 def index_of(names, ids):
     """{name or id: index}; no ids where some name is a number, which could mean two things."""
-    index = {name.strip(): i for i, name in enumerate(names)}
+    index = {normal(name): i for i, name in enumerate(names)}
     if not any(name.isdecimal() for name in names):
         index.update((str(id), i) for i, id in enumerate(ids))
     return index
@@ -105,7 +106,12 @@ def read_csv(path):
         rows = list(csv.reader(text.splitlines(), delimiter=max(',;\t', key=text.count)))
     except (UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f'{path} is not a readable CSV file ({e}); save it as CSV UTF-8') from None
-    return [[cell.strip() for cell in row] for row in rows]
+    return [[normal(cell) for cell in row] for row in rows]
+
+
+def normal(name):
+    """A name in NFC without spaces around it: names that look the same are the same."""
+    return unicodedata.normalize('NFC', name.strip())
 
 
 # ------------------------------------------------------------------------------------------ the page

@@ -10,8 +10,10 @@ import re
 import shutil
 import statistics
 import struct
+import sys
 import time
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,8 @@ import torch.nn.functional as F
 import features
 import runs
 
-MAPPED = 2000                                                           # images in a map of features, at most
+PNGS = 'reconstructions', 'views', 'samples', 'interpolation'           # of a run, where its method has them
+PERPLEXITY = 30.0                                                       # of t-SNE
 
 
 # ------------------------------------------------------------------------------------------- images
@@ -58,10 +61,13 @@ def sheet(*rows, gap=2, zoom=2):
     return out[0] if C == 1 else out.transpose(1, 2, 0)
 
 
+# 3 x 5 dots; each row is an octal number
 # ------------------------------------------------------------------------------------------ as text
 
 def say(text):
-    print(text, flush=True)
+    """Print lines of text; what stdout can't encode becomes a question mark."""
+    encoding = sys.stdout.encoding or 'utf-8'
+    print(text.encode(encoding, 'replace').decode(encoding), flush=True)
 
 
 # key in metrics.json, name, format in a report and in a table of runs ('': not there), convention
@@ -166,15 +172,22 @@ def without_seed(text):
     return re.sub('-seed=[0-9]+', '', text)
 
 
-def by_setting(found, *but):
-    """The runs in groups of those that differ only by seed and in the flags `but`."""
+def setting(config, *but):
+    """What runs that differ only by seed, or in the flags `but`, have in common, as text."""
     ignored = runs.NOT_IN_IDENTITY | {'seed', *but}
+    kept = [(key, value) for key, value in sorted(config['args'].items()) if key not in ignored]
+    return without_seed(repr([config['data']['digest'], kept]))         # an encoder's name holds one too
+
+
+def by_setting(found):
+    """The runs in groups of those that differ only by seed; the same seed twice is no spread."""
     groups = {}
-    for folder, config, metrics in found:
-        kept = [(flag, value) for flag, value in sorted(config['args'].items()) if flag not in ignored]
-        setting = without_seed(repr([config['data']['digest'], kept]))  # an encoder's name holds one too
-        groups.setdefault(setting, []).append((folder, config, metrics))
-    return groups.values()
+    seen = Counter()
+    for run in found:
+        key, seed = setting(run[1]), run[1]['args']['seed']
+        groups.setdefault((key, seen[key, seed]), []).append(run)
+        seen[key, seed] += 1
+    return list(groups.values())
 
 
 def compare(folders):
@@ -189,7 +202,7 @@ def compare(folders):
 
 
 def rows_of(found):
-    there = {key for *_, metrics in found for key in metrics}
+    there = {key for *_, metrics in found for key in metrics if metrics[key] is not None}
     columns = [(key, name, form) for key, name, form in COLUMNS if key in there]
     lines = [['run', 'seeds'] + [name for _, name, _ in columns]]
     for group in by_setting(found):
@@ -203,7 +216,7 @@ def rows_of(found):
 
 def cell(done, key, form):
     """'-' without a value, the value itself, or mean±standard deviation of several seeds."""
-    values = [metrics[key] for metrics in done if key in metrics]
+    values = [metrics[key] for metrics in done if metrics.get(key) is not None]
     if not values:
         return '-'
     if key == 'estimate':
@@ -215,33 +228,39 @@ def cell(done, key, form):
 
 
 def write_comparison(path, folders):
-    """One page about many runs: the table of compare(), their reports, accuracy against labels, losses."""
-    found, _ = read_runs(folders)
-    reports, losses = {}, {}
+    """One page about many runs: the table of compare(), accuracy against labels, validation losses."""
+    found, errors = read_runs(folders)
+    losses = {}
     for folder, config, _ in found:
-        reports[folder.name] = Path(os.path.relpath(folder, Path(path).parent), 'report.html').as_posix()
         curve = [(row['epoch'], row.get('val_loss')) for row in runs.read_log(folder)]
         losses.setdefault(config['args']['method'], {})[folder.name] = curve
+    links = []
+    for group in by_setting(found):
+        links.append([])
+        for folder, config, _ in group:
+            links[-1].append((config['args']['seed'], os.path.relpath(folder, Path(path).parent)))
     write_page(path, {
         'title': 'Runs compared',
         'table': rows_of(found),
-        'reports': reports,
+        'links': links,
+        'errors': errors,
         'accuracy': accuracy_curves(found),
         'losses': losses})
 
 
 def accuracy_curves(found):
-    """{name: [(labels, mean accuracy)]}: runs that differ only in the labels or the seed are one curve."""
+    """{name: [(labels, accuracy)]}: runs that differ only in the labels or the seed are one curve."""
     curves = {}
-    for group in by_setting(found, 'labels', 'budget'):
-        scores = {}
-        for *_, metrics in group:
-            if 'labels' in metrics and 'accuracy' in metrics:
-                scores.setdefault(metrics['labels'], []).append(metrics['accuracy'])
-        name = re.sub('-(seed|labels|budget)=[0-9.]+', '', group[0][0].name)
-        if scores:
-            curves[name] = [(n, statistics.mean(scores[n])) for n in sorted(scores)]
-    return curves
+    for folder, config, metrics in found:
+        if metrics.get('labels') and metrics.get('accuracy'):
+            name = re.sub('-(seed|labels|budget)=[0-9.]+', '', folder.name)
+            key = setting(config, 'labels', 'budget')
+            points = curves.setdefault(key, (name, {}))[1]
+            points.setdefault(metrics['labels'], []).append(metrics['accuracy'])
+    series = {}
+    for name, points in curves.values():
+        series[name] = [(n, statistics.mean(points[n])) for n in sorted(points)]
+    return series
 
 
 # ------------------------------------------------------------------------------------ the page of a run
@@ -257,7 +276,7 @@ def write_report(folder, config, metrics, shown):
     """report.html of a run folder.
 
     shown: what was measured, from evaluate.measure, measure_classifier or measure_clusters; of runs that paid
-    for labels also 'asked': ..., rows of LabelDatabase.history(), LabelDatabase.rounds().
+    for labels also 'asked': (images, rows of LabelDatabase.history(), LabelDatabase.rounds()).
     """
     classes = config['data']['classes']
     seed = config['args']['seed']
@@ -268,15 +287,21 @@ def write_report(folder, config, metrics, shown):
         'measures': measures(metrics),
         'predictor': predictor(metrics),
         'log': runs.read_log(folder),
-        'pngs': {path.stem: embedded(path.read_bytes()) for path in folder.glob('*.png')},
-        'maps': feature_maps(shown, seed)}
+        'pngs': {path.stem: embedded(path.read_bytes()) for path in pngs(folder)},
+        'maps': feature_maps(shown, classes, seed)}
     if 'probs' in shown and 'y' in shown:
         content['wrong'] = most_wrong(shown, classes)
     if 'clusters' in shown:
         content['clusters'] = clusters(shown, classes, seed)
     if 'asked' in shown:
-        content['labels'] = paid_labels(*shown['asked'][-2:], classes)
+        content['labels'] = paid_labels(*shown['asked'], classes)
     write_page(folder / 'report.html', content)
+
+
+def pngs(folder):
+    """Paths of the images that a run's method has drawn."""
+    paths = [folder / f'{stem}.png' for stem in PNGS]
+    return [path for path in paths if path.exists()]
 
 
 def embedded(blob):
@@ -285,69 +310,85 @@ def embedded(blob):
 
 
 def thumbnails(x, side=64):
-    """Images (n, C, H, W) uint8 as addresses, no side longer than this."""
+    """Images (n, C, H, W) uint8 as float 0..1, no side longer than this."""
     scale = min(1, side / max(x.shape[2:]))
-    small = F.interpolate(x.cpu().float() / 255, scale_factor=scale, mode='area')
-    return [embedded(png(sheet(image[None], gap=0, zoom=1))) for image in small]
+    return F.interpolate(x.cpu().float() / 255, scale_factor=scale, mode='area')
 
 
-def feature_maps(shown, seed):
-    """The features of 2,000 images in two dimensions, by PCA and t-SNE, and their classes or, where those are
-    not known, the predicted ones."""
-    ids = features.sample(len(shown['h']), MAPPED, seed)
+def gallery(x, captions):
+    """Images (n, C, H, W) uint8 as [(address, caption)]."""
+    images = []
+    for image, caption in zip(thumbnails(x), captions):
+        blob = png(sheet(image[None], gap=0, zoom=1))
+        images.append((embedded(blob), caption))
+    return images
+
+
+def feature_maps(shown, classes, seed, most=2000):
+    """The features of at most `most` images in two dimensions, by PCA and t-SNE, with their classes, or else
+    those that were predicted."""
+    ids = features.sample(len(shown['h']), most, seed)
     h = shown['h'].cpu()[ids].float()
-    if len(h) < 4:
+    if len(h) < 4 or not h.isfinite().all():
         return None
-    by, kinds = '', torch.zeros(len(shown['h']), dtype=torch.int64)
+    maps = {}
     if 'y' in shown:
-        by, kinds = 'class', shown['y']
+        maps = {'by': 'class', 'kinds': shown['y'].cpu()[ids].tolist()}
     elif 'probs' in shown:
-        by, kinds = 'predicted class', shown['probs'].argmax(1)
-    tsne, kl = features.tsne(h)
+        maps = {'by': 'predicted class', 'kinds': shown['probs'].argmax(1).cpu()[ids].tolist()}
+    y, kl = features.tsne(h, PERPLEXITY)
     pca = features.principal(h)
     variance = pca.var(0) / h.var(0).sum()
     return {
-        'by': by,
-        'kinds': kinds.cpu()[ids].tolist(),
+        **maps,
+        'names': classes,
         'pca': pca.tolist(),
         'variance': variance.tolist(),
-        'tsne': tsne.tolist(),
-        'kl': kl}
+        'tsne': y.tolist(),
+        'kl': kl,
+        'perplexity': PERPLEXITY}
 
 
 def most_wrong(shown, classes, n=24):
-    """[(address, caption)] of the wrong predictions that were made with the most confidence."""
+    """Gallery of the wrong predictions that were made with the most confidence."""
     y = shown['y'].cpu()
     confidence, pred = shown['probs'].cpu().max(1)
     wrong = (pred != y).nonzero().flatten()
     ids = wrong[confidence[wrong].argsort(descending=True)[:n]]
-    captions = [f'{classes[y[i]]}, predicted {classes[pred[i]]}, {confidence[i]:.1%}' for i in ids]
-    return list(zip(thumbnails(shown['x'][ids]), captions))
+    captions = []
+    for i in ids:
+        captions.append(f'{classes[y[i]]}, predicted {classes[pred[i]]}, {confidence[i]:.1%}')
+    return gallery(shown['x'][ids], captions)
 
 
 def clusters(shown, classes, seed, n=8):
-    """Of each of the first 30 clusters its size, the class it is matched to, and members drawn at random."""
+    """Of each cluster its size, the class it is matched to, and members drawn at random."""
     found = []
     mapping = shown.get('mapping', {})
     for k in range(min(30, len(shown['centres']))):
         members = (shown['clusters'].cpu() == k).nonzero().flatten()
         ids = members[features.sample(len(members), n, seed, 'members', k)]
+        captions = [classes[y] for y in shown['y'].cpu()[ids]] if mapping else [''] * n
         found.append({
             'size': len(members),
             'name': classes[mapping[k]] if k in mapping else '',
-            'images': thumbnails(shown['x'][ids])})
+            'images': gallery(shown['x'][ids], captions)})
     return found
 
 
-def paid_labels(rows, rounds, classes):
-    """Estimated accuracy against the number of labels, and labels by class."""
+def paid_labels(x, rows, rounds, classes, n=24):
+    """Estimated accuracy against the number of labels, labels by class, the newest predicted otherwise."""
     estimates = []
     for number, (_, estimate) in rounds.items():
         if estimate:
             before = sum(row[2] < number for row in rows)
             estimates.append((before, estimate.mean, estimate.low, estimate.high))
-    counts = [sum(row[1] == k for row in rows) for k in range(len(classes))]
-    return {'estimates': estimates, 'counts': counts}
+    other = [i for i, (_, y, _, pred) in enumerate(rows) if pred not in (None, y)][-n:]
+    captions = [f'{classes[rows[i][1]]}, predicted {classes[rows[i][3]]}' for i in other]
+    return {
+        'estimates': estimates,
+        'counts': [sum(row[1] == k for row in rows) for k in range(len(classes))],
+        'other': gallery(x[other], captions)}
 
 
 # --------------------------------------------------------------------------------- the end of a run
@@ -368,34 +409,39 @@ def finish(run, ds, metrics, shown, began):
         write_tensorboard(run.folder, metrics, shown, ds.classes, args['seed'])
     run.write_metrics(metrics)
     say(f'{describe(metrics)}\n-> {run.folder}/report.html')
+    if args['tensorboard']:
+        say(f'-> {run.folder}/tensorboard, which tensorboard --logdir {run.folder} shows')
 
 
 def tensorboard_writer():
-    """torch's SummaryWriter. ValueError if it or what its images need can't be imported."""
+    """torch's SummaryWriter. ValueError, one sentence, if it or what its images need can't be imported."""
     try:
         import PIL.Image                                                # noqa: F401
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:
-        raise ValueError(f'--tensorboard needs the packages tensorboard and pillow ({e}); python -m pip '
-                         'install tensorboard pillow gets them') from None
+    except Exception as e:                                              # its packages may fail in any way
+        reason = ' '.join(str(e).split())
+        raise ValueError('--tensorboard needs the packages tensorboard and pillow, which can not be imported '
+                         f'here ({reason}); python -m pip install tensorboard pillow gets them') from None
     return SummaryWriter
 
 
-def write_tensorboard(folder, metrics, shown, classes, seed):
+def write_tensorboard(folder, metrics, shown, classes, seed, most=2000):
     """Folder `tensorboard` of a run: numbers by epoch and measures as scalars, its PNGs, and for the
-    projector the features of 2,000 measured images with their classes."""
+    projector the features of at most `most` measured images with their classes."""
     from PIL import Image
     shutil.rmtree(folder / 'tensorboard', ignore_errors=True)
     rows = [('training', row['epoch'], row) for row in runs.read_log(folder)]
     rows.append(('measured', metrics['epochs'] or 0, metrics))
-    ids = features.sample(len(shown['h']), MAPPED, seed)
+    ids = features.sample(len(shown['h']), most, seed)
     names = [classes[k] for k in shown['y'].cpu()[ids]] if 'y' in shown else None
+    x = thumbnails(shown['x'][ids])
     with tensorboard_writer()(folder / 'tensorboard') as writer:
         for group, epoch, values in rows:
             for key, value in values.items():
-                if isinstance(value, (int, float)):
+                if isinstance(value, (int, float)) and key != 'epoch':
                     writer.add_scalar(f'{group}/{key}', value, epoch)
-        for path in folder.glob('*.png'):
+        for path in pngs(folder):
             image = np.array(Image.open(path))
             writer.add_image(path.stem, image, dataformats='HWC'[:image.ndim])
-        writer.add_embedding(shown['h'].cpu()[ids], names)
+        square = x.shape[2] == x.shape[3]                               # its sprites are
+        writer.add_embedding(shown['h'].cpu()[ids], names, x if square else None)

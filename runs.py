@@ -392,7 +392,7 @@ def start_network(config, device):
     folder = config['args'].get('encoder')
     if folder:
         return open_run(folder, device)
-    return Network(config, nets.Pixels(config['data']['shape']), device)
+    return Network(config, nets.Pixels(), device)
 
 
 class Network:

@@ -11,7 +11,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from helpers import arrays, close, folder, images, inside, modules, raises, write_npz
+from helpers import arrays, folder, images, inside, modules, raises, write_npz
 
 import numpy as np
 import torch
@@ -142,7 +142,7 @@ def test_the_lines_of_python_in_a_refusal_mend_the_array():
     x, y = images(30, H=10, W=12, C=3)
     rescale = '((x - black) / (white - black) * 255).round().astype("uint8")'
     reshape = 'x.reshape(N, H, W, C)[..., :3]'
-    for wrong, line, black in (x.astype(int), rescale, 0), (x * 2 - 255.0, rescale, -255), (
+    for wrong, line, black in (x.astype(int), rescale, 0), (x * 2.0 - 255, rescale, -255), (
             x.reshape(30, -1), reshape, 0), (np.concatenate([x, x], 3), reshape, 0):
         assert f'x = {line}' in refusal(data.to_images, 'x_train', wrong)
         sizes = dict(N=30, H=10, W=12, C=wrong.size // 3600)
@@ -361,7 +361,6 @@ def test_folders_of_images_are_read_with_or_without_classes_and_a_test_set():
             names_train = [f'{top}/{name}'.strip('/') for name in names]
             names_test = [f'{test}/bee/a.png', f'{test}/cow/b.png'] if test else None
             write_images(f, names_train + (names_test or []))
-            write_images(f, ['val/cow/c.png'] if top and test == 'test' else [])
             (f / 'notes.txt').write_text('no image')
             (f / '._00.png').write_text('hidden')
             ds = data.load(f)
@@ -373,7 +372,6 @@ def test_folders_of_images_are_read_with_or_without_classes_and_a_test_set():
             assert ds.y_train is None
         assert not test or [ds.classes[k] for k in ds.y_test] == ['bee', 'cow']
         assert f'24 images to train on, {2 if test else 0} to test, {len(ds.classes)} ' in said.getvalue()
-        assert 'left out' not in said.getvalue()
 
 
 def test_images_are_resized_by_their_shorter_side_and_the_centre_is_cut_out():
@@ -443,15 +441,15 @@ def test_images_are_decoded_once_and_again_when_a_file_changes():
             assert few == [f'{i:02}.png' for i in range(25) if i % 5 != 4]
 
 
-def test_new_images_come_from_npz_idx_or_image_files():
-    x = images(5, C=3)[0]
+def test_new_images_come_from_npz_or_idx():
+    x = images(5)[0]
     with folder() as f, notes():
+        data.write_idx(f / 'a', x)
         for key in 'x', 'x_train', 'x_test', 'test_images':
             write_npz(f / 'a.npz', **{key: x, 'y_train': np.zeros(3)})
-            found, names = data.read_images(f / 'a.npz')
-            assert names is None and np.array_equal(found.permute(0, 2, 3, 1), x)
-        data.write_idx(f / 'a.idx', x)
-        assert torch.equal(data.read_images(f / 'a.idx')[0], found)
+            for path in f / 'a', f / 'a.npz':
+                found, names = data.read_images(path)
+                assert names is None and np.array_equal(found[:, 0], x)
         write_npz(f / 'a.npz', y_train=np.zeros(3))
         for name, said in ('a.npz', 'wanted x, x_train or x_test'), ('none', 'No such file'):
             with raises(ValueError, f / name, said):
@@ -470,18 +468,15 @@ def test_split_is_a_function_of_the_seed_disjoint_and_complete():
 
 def test_batches_hold_every_image_once_in_an_order_that_seed_and_epoch_fix():
     for n, size in itertools.product((2, 3, 19, 200), (2, 3, 7, 19, 500)):
-        def seen(*key, n=n, size=size):
-            return [(step, ids.tolist()) for step, ids in data.batches(n, size, *key)]
-
-        batches = seen(0, 1)
+        batches = list(data.batches(n, size, 0, 1))
         sizes = [len(ids) for _, ids in batches]
-        assert sorted(sum((ids for _, ids in batches), [])) == list(range(n))
+        assert sorted(torch.cat([ids for _, ids in batches]).tolist()) == list(range(n))
         assert [step for step, _ in batches] == list(range(data.steps_per_epoch(n, size)))
         assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 2 and max(sizes) <= max(size, 3), (n, size)
-        assert seen(0, 1) == batches
         for start in range(len(batches) + 1):
-            assert seen(0, 1, start) == batches[start:]
-    assert len({str(seen(seed, epoch)) for seed in (0, 1) for epoch in (1, 2, 3)}) == 6
+            assert str(list(data.batches(n, size, 0, 1, start))) == str(batches[start:])
+    orders = {str(list(data.batches(50, 9, seed, epoch))) for seed in (0, 1) for epoch in (1, 2, 3)}
+    assert len(orders) == 6
 
 
 def test_images_are_resident_if_they_fit_and_the_same_batches_come_either_way():

@@ -43,13 +43,15 @@ def test_threads_heed_a_containers_quota_of_processor_time():
 
 
 def test_bfloat16_is_the_default_only_where_it_is_faster():
-    for has, wanted in ({'avx512_bf16': True}, False), ({'amx_bf16': True}, True):
-        with mock.patch.object(torch.cpu, 'get_capabilities', return_value=has):
-            assert device.amp_by_default(CPU) is wanted
-            assert not device.amp_by_default(torch.device('mps'))
-    for card, wanted in ((9, 0), True), ((8, 0), True), ((7, 5), False):     # a T4 emulates it
-        with mock.patch.object(torch.cuda, 'get_device_capability', return_value=card):
+    cpu = torch.device('cpu')
+    for speedup, wanted in (0.9, False), (1.1, False), (2.0, True):
+        with mock.patch.object(device, 'bfloat16_speedup', return_value=speedup):
+            assert device.amp_by_default(cpu) is wanted
+    for capability, wanted in ((7, 5), False), ((8, 0), True):
+        with mock.patch.object(torch.cuda, 'get_device_capability', return_value=capability):
             assert device.amp_by_default(torch.device('cuda')) is wanted
+    threads = torch.get_num_threads()
+    assert 0.05 < device.bfloat16_speedup(cpu) < 50 and torch.get_num_threads() == threads
 
 
 def test_float32_inside_is_off_again_outside():

@@ -65,9 +65,9 @@ def test_narrow_maps_side_by_side_give_the_gradients_of_a_plain_convolution():
         assert torch.equal(ours, plain)
         torch.testing.assert_close(torch.autograd.grad(ours, (x, weight), grad),
                                    torch.autograd.grad(plain, (x, weight), grad))
-    laid = nets.side_by_side(x[:19], 4)                       # 16 in a row, zeros between
-    assert laid.shape == (2, 2, 3, 64) and torch.equal(laid[0, :, :, 36:39], x[18])
-    assert not laid[:, :, :, 3::4].any() and not laid[1, :, :, 36:].any()
+    laid = nets.side_by_side(x[:19], 4)                       # each where it belongs, zeros between
+    assert laid.shape == (2, 2, 3, 64) and torch.equal(laid[1, :, :, 8:11], x[18])
+    assert not laid[:, :, :, 3::4].any() and not laid[1, :, :, 12:].any()
 
 
 def test_a_network_in_bfloat16_learns_what_plain_convolutions_would():

@@ -274,7 +274,7 @@ def test_a_csv_is_read_as_spreadsheets_and_other_runs_write_it():
 def test_a_mistake_in_a_csv_is_one_sentence_that_names_the_line():
     with folder() as f:
         for content, said in (
-                ('1,cat\nx,cat', "line 2 has 'x'"), ('20,cat', "'20'"), ('-1,cat', "'-1'"), ('1.5,cat', "'1.5'"),
+                ('1,cat\nx,cat', "line 2 has 'x'"), ('20,cat', "'20'"), ('1.5,cat', "'1.5'"),
                 ('1,cow', 'cat, dog'), ('1,2', "'2'"), ('1,Cat', "'Cat'"),
                 ('1,cat\n1,dog', 'line 2 gives image 1 another class'),
                 (b'1,caf\xe9', 'UTF-8'), (b'1,"' + b'x' * 200000, 'readable'), ('id,class\n1,cow', 'line 2')):

@@ -87,7 +87,13 @@ def test_sheet_lays_rows_of_images_out_with_gaps():
         assert np.array_equal(out.reshape(42, 69, C), wanted.repeat(3, 0).repeat(3, 1))
 
 
-# ------------------------------------------------------------------------------------------ as text
+def test_what_stdout_can_not_encode_becomes_a_question_mark():
+    for encoding, shown in ('ascii', '0.5?0.1 ? ?'), ('cp1252', '0.5±0.1 ? ?'), ('utf-8', '0.5±0.1 猫 ?'):
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        with contextlib.redirect_stdout(out):
+            report.say('0.5±0.1 猫 \ud800')
+        assert out.buffer.getvalue().decode(encoding).rstrip() == shown
+
 
 def test_an_estimate_is_told_with_its_interval_or_as_too_few_to_say():
     query = {**METRICS, 'method': 'query'}
@@ -99,20 +105,22 @@ def test_an_estimate_is_told_with_its_interval_or_as_too_few_to_say():
     assert 'of the linear probe' in report.describe(probe) and 'of the classifier' in lines[-1]
 
 
-def test_compare_gives_mean_and_sample_deviation_over_seeds():
+def test_compare_gives_mean_and_sample_deviation_over_seeds_and_the_same_seed_twice_is_no_spread():
     knn = [0.5, 0.7, 0.9]
     with folder() as f:
         there = []
         for seed, score in enumerate(knn):
             metrics = {'knn': score, 'epochs': 7, 'seconds': 10 * seed, 'mse': None}
             there.append(made(f / f'b-seed={seed}', 'simclr', metrics, seed=seed))
+        there.append(made(f / 'again', 'simclr', {'knn': 0.1}, seed=1))
         there.append(made(f / 'elsewhere', 'simclr', {'knn': 0.2}, seed=3, digest='of other data'))
         there.append(made(f / 'a', 'simclr', None, temperature=0.2))
         std = math.sqrt(sum((k - 0.7) ** 2 for k in knn) / 2)
         lines = report.compare(there)
         assert lines == [
             ['run', 'seeds', 'kNN', 'epochs', 'seconds'], ['b', '3', f'70.0%±{100 * std:.1f}', '7', '10'],
-            ['elsewhere', '1', '20.0%', '-', '-'], ['a', '0', '-', '-', '-']]
+            ['again', '1', '10.0%', '-', '-'], ['elsewhere', '1', '20.0%', '-', '-'],
+            ['a', '0', '-', '-', '-']]
         assert len({len(line) for line in report.table(lines).splitlines()}) == 1
         there = []
         for seed, low in enumerate((0.5, 0.6)):
@@ -131,22 +139,23 @@ def test_a_run_that_can_not_be_read_is_named_and_the_others_are_shown():
         for line, name in zip(out.getvalue().splitlines(), ('torn', 'bad', 'none'), strict=True):
             assert line.startswith(f'left out: {f / name}')
         report.write_comparison(f / 'report.html', [torn, good])
-        assert list(content(f / 'report.html')['reports']) == ['good']
-        with raises(ValueError, f / 'goood'):
+        assert len(content(f / 'report.html')['errors']) == 1
+        with raises(ValueError, f'did you mean {good}?'):
             report.compare([f / 'goood'])
 
 
 # -------------------------------------------------------------------------------------------- pages
 
 def test_the_page_of_each_method_holds_what_it_has_to_show():
+    pngs = {'ae': ['reconstructions'], 'vae': ['reconstructions', 'samples', 'interpolation'],
+            'simclr': ['views']}
     parts = {'classify': {'labels', 'wrong'}, 'query': {'labels', 'wrong'}, 'scan': {'clusters'}}
-    for method in 'pixels', 'vae', 'simclr', 'classify', 'query', 'scan':
+    for method in 'pixels', 'ae', 'vae', 'simclr', 'classify', 'query', 'scan':
         there = finished(method)
         page, metrics = content(there / 'report.html'), runs.read_json(there / 'metrics.json')
         assert page['metrics'] == metrics and page['config']['args'] == runs.read_config(there)['args']
         assert page.keys() & {'labels', 'wrong', 'clusters'} == parts.get(method, {'clusters', 'wrong'})
-        assert len(page['maps']['kinds']) == 40
-        assert page['pngs'].keys() == {path.stem for path in there.glob('*.png')}
+        assert list(page['pngs']) == pngs.get(method, []) and len(page['maps']['kinds']) == 40
         for stem, png in page['pngs'].items():
             assert np.array_equal(embedded(png), pixels((there / f'{stem}.png').read_bytes()))
         assert metrics['seconds'] == ([0.0] + [row['seconds'] for row in page['log'] if 'loss' in row])[-1]
@@ -154,41 +163,46 @@ def test_the_page_of_each_method_holds_what_it_has_to_show():
 
 def test_a_map_is_coloured_by_what_was_predicted_where_no_class_is_known():
     h, y = randn(60, 6), torch.arange(60) % 3
-    maps = report.feature_maps({'h': h, 'probs': torch.eye(3)[y]}, seed=0)
+    maps = report.feature_maps({'h': h, 'probs': torch.eye(3)[y]}, ['a', 'b', 'c'], seed=0)
     assert maps['by'] == 'predicted class' and maps['kinds'] == y.tolist()
     assert close(maps['pca'], features.principal(h), 1e-4)
-    assert not report.feature_maps({'h': h}, seed=0)['by']
+    few = report.feature_maps({'h': h}, ['a'], 0, most=20)
+    assert len(few['tsne']) == 20 and 'kinds' not in few
 
 
 def shades(n):
-    """Images (n, 1, 8, 8) whose pixels are their number; and the numbers of those at addresses."""
+    """Images (n, 1, 8, 8) whose pixels are their number; and the numbers of those in a gallery."""
     x = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 8, 8)
-    return x, lambda addresses: [int(embedded(address)[4, 4]) for address in addresses]
+    return x, lambda gallery: [int(embedded(address)[4, 4]) for address, _ in gallery]
 
 
 def test_the_most_wrong_are_the_most_confident_of_the_wrong():
     x, numbers = shades(6)
     b = torch.tensor([0.9, 0.6, 0.2, 0.7, 0.05, 0.55])                    # predicted: b, b, a, b, a, b
     shown = {'x': x, 'y': torch.tensor([0, 0, 1, 1, 0, 0]), 'probs': torch.stack([1 - b, b], 1)}
-    addresses, captions = zip(*report.most_wrong(shown, ['a', 'b'], n=3))
-    assert numbers(addresses) == [0, 2, 1]
-    assert captions == ('a, predicted b, 90.0%', 'b, predicted a, 80.0%', 'a, predicted b, 60.0%')
+    found = report.most_wrong(shown, ['a', 'b'], n=3)
+    assert numbers(found) == [0, 2, 1] and [caption for _, caption in found] == [
+        'a, predicted b, 90.0%', 'b, predicted a, 80.0%', 'a, predicted b, 60.0%']
 
 
 def test_members_belong_to_their_cluster():
     x, numbers = shades(6)
-    shown = {'x': x, 'clusters': torch.tensor([0, 0, 0, 2, 2, 2]), 'mapping': {0: 1}, 'centres': randn(3, 2)}
+    shown = {'x': x, 'y': torch.arange(6) % 2, 'clusters': torch.tensor([0, 0, 0, 2, 2, 2]),
+             'mapping': {0: 1}, 'centres': randn(3, 2)}
     first, empty, other = report.clusters(shown, ['a', 'b'], seed=0, n=2)
     assert (first['name'], first['size'], other['name'], empty['size']) == ('b', 3, '', 0)
     i, j = numbers(first['images'])
-    assert i != j and {i, j} <= {0, 1, 2} and {*numbers(other['images'])} <= {3, 4, 5}
+    assert i != j and {i, j} <= {0, 1, 2} and first['images'][0][1] == 'ab'[i % 2]
+    assert {*numbers(other['images'])} <= {3, 4, 5}
 
 
 def test_estimates_stand_at_the_labels_they_came_from():
-    rows = [(i, i % 2, r, None) for i, r in enumerate([0, 0, 0, 1, 1, 2])]
+    x, numbers = shades(6)
+    rows = [(i, i % 2, r, 0 if r else None) for i, r in enumerate([0, 0, 0, 1, 1, 2])]
     some = labels.Estimate(0.5, 0.25, 0.75, 20)
-    found = report.paid_labels(rows, {0: (4, None), 1: (4, some), 2: (4, some)}, ['a', 'b'])
-    assert found == {'estimates': [(3, *some[:3]), (5, *some[:3])], 'counts': [3, 3]}
+    found = report.paid_labels(x, rows, {0: (4, None), 1: (4, some), 2: (4, some)}, ['a', 'b'])
+    assert found['estimates'] == [(3, *some[:3]), (5, *some[:3])] and found['counts'] == [3, 3]
+    assert numbers(found['other']) == [3, 5] and found['other'][0][1] == 'b, predicted a'
 
 
 EVIL = '<script>alert(1)</script>&"\'</title> CONTENT <!--'
@@ -214,25 +228,26 @@ def test_hostile_names_are_text_and_nothing_else():
     with folder() as f:
         page, many = map(content, evil_pages(f))
         assert page['maps']['by'] == 'class' and page['maps']['kinds'] == [0, 1] * 20
-        assert page['config']['command'] == EVIL and page['wrong'][0][1].startswith(f'{EVIL}, predicted b')
-        assert many['reports'] == {'a <b> "c" #1': 'a <b> "c" #1/report.html'}
+        assert page['config']['command'] == EVIL and page['labels']['other'][0][1] == f'{EVIL}, predicted b'
+        assert many['links'] == [[[0, 'a <b> "c" #1']]]
 
 
 def test_comparison_has_one_curve_over_labels_for_runs_that_differ_in_nothing_else():
     with folder() as f:
         for seed, n in itertools.product((0, 1), (100, 1000)):
             metrics = {'labels': n, 'accuracy': n / 10_000 + seed / 100}
-            made(f / f'few-labels={n}-seed={seed}', 'classify', metrics, labels=n, seed=seed,
+            made(f / f'runs/few-labels={n}-seed={seed}', 'classify', metrics, labels=n, seed=seed,
                  encoder=f'runs/simclr-seed={seed}')
-        made(f / 'other', 'classify', {'labels': 100, 'accuracy': 0.5}, labels=100)
-        made(f / 'vae', 'vae', {'mse': 0.1}, [{'epoch': 1, 'val_loss': 2.0}, {'epoch': 2}])
-        there = sorted(f.iterdir())
+        made(f / 'runs/other', 'classify', {'labels': 100, 'accuracy': 0.5}, labels=100)
+        made(f / 'runs/vae', 'vae', {'mse': 0.1}, [{'epoch': 1, 'val_loss': 2.0}, {'epoch': 2}])
+        there = sorted((f / 'runs').iterdir())
         report.write_comparison(f / 'report.html', there)
         page = content(f / 'report.html')
         assert page['table'] == report.compare(there) and len(page['table']) == 1 + 2 + 2
         assert page['accuracy'].keys() == {'few', 'other'}
         assert close(page['accuracy']['few'], [[100, 0.015], [1000, 0.105]])
         assert page['losses']['vae'] == {'vae': [[1, 2.0], [2, None]]}
+        assert page['links'][0] == [[s, f'runs/few-labels=100-seed={s}'] for s in (0, 1)]
 
 
 def browsed(path):
@@ -253,19 +268,20 @@ def test_a_browser_draws_the_pages():
         'Most confidently wrong', 'Clusters', 'Labels paid for']
     assert '<script' not in page and '&lt;script&gt;alert(1)' in page
     assert re.findall('<td style="background[^>]*>(.*?)</td>', page) == ['2', '1', '2', '1']
-    assert '50 (25 to 75)' in page
-    loss = page.split('<h3>Loss')[1].split('</svg>')[0]
-    assert re.findall('<title>(.*?)</title>', loss) == ['1: 2', '2: 1', '1: 1', '2: 0.5']
-    ticks = re.findall('<text class="end" x="49"[^>]*>(.*?)</text>', loss)
+    assert page.count('class="dots"') == 4 and '50 (25 to 75)' in page
+    loss = page.split('<h3>Loss')[1]
+    assert re.findall('<td>(.*?)</td>', loss)[:6] == ['1', '2', '1', '2', '1', '0.5']
+    ticks = re.findall('<text class="end" x="49"[^>]*>(.*?)</text>', loss.split('</svg>')[0])
     assert ticks == ['0.5', '1', '1.5', '2']
     assert 'href="a%20%3Cb%3E%20%22c%22%20%231/report.html"' in many
-    assert '<td>50.0%</td>' in many
+    assert 'data-head="accuracy">50.0%</td>' in many
     assert re.findall('<h3>(.*?)</h3>', many) == ['Accuracy on the test set', 'Validation loss, classify']
 
 
 def test_tensorboard_gets_what_the_page_has_or_says_how_to_get_it():
-    with modules(PIL=None), raises(ValueError, 'pip install tensorboard pillow'):
-        report.tensorboard_writer()
+    for missing in 'PIL', 'torch_utils_tensorboard':
+        with modules(**{missing: None}), raises(ValueError, 'pip install tensorboard pillow'):
+            report.tensorboard_writer()
     try:
         report.tensorboard_writer()
     except ValueError as e:
@@ -276,7 +292,8 @@ def test_tensorboard_gets_what_the_page_has_or_says_how_to_get_it():
         there = made(f / 'a', 'vae', None, [{'epoch': 1, 'loss': 3.0}, {'epoch': 2, 'loss': 1.5}])
         report.write_png(there / 'samples.png', np.zeros((8, 9), np.uint8))
         for mse in 0.5, 0.25:                                            # the second replaces the first
-            report.write_tensorboard(there, {'epochs': 2, 'mse': mse}, shown, ['cat', 'dog'], 0)
+            metrics = {'epochs': 2, 'mse': mse, 'left_out': []}
+            report.write_tensorboard(there, metrics, shown, ['cat', 'dog'], 0)
         events = EventAccumulator(str(there / 'tensorboard')).Reload()
         assert [(e.step, e.value) for e in events.Scalars('training/loss')] == [(1, 3.0), (2, 1.5)]
         assert [(e.step, e.value) for e in events.Scalars('measured/mse')] == [(2, 0.25)]

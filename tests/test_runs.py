@@ -243,6 +243,6 @@ def test_labels_that_a_person_gave_are_kept_whatever_overwrites_the_run():
         assert run(*tiny('ae'), '--name', 'query', '--overwrite', cwd=cwd)[0] == 0
         assert put_aside() == sorted(kept) and answers.exists() and not (there / 'labels.sqlite').exists()
         everything = {p.name: p.read_bytes() for p in there.iterdir()}
-        for words in ['query', '--budget', 1000], ['classify', '--labels', 1000], ['scan', '--clusters', 1000]:
+        for words in ['query', '--budget', 1000], ['classify', '--labels', 1000], ['scan', '--clusters', 999]:
             refused(*tiny(*words), '--name', 'query', '--overwrite', cwd=cwd, said=words[1:2])
         assert {p.name: p.read_bytes() for p in there.iterdir()} == everything

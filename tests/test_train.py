@@ -152,14 +152,15 @@ def test_real_processes_killed_or_stopped_are_resumed_and_guarded_while_alive():
     wanted = {method: finished(method) for method in ends}
     with folder() as cwd:
         write_npz(cwd / 'tiny.npz')
-        processes = {}
-        for method in ends:
-            process = processes[method] = python('-c', SLOWLY, *tiny(method), cwd=cwd)
-            while not (cwd / 'runs' / method / 'checkpoint.pt').exists() and process.poll() is None:
-                time.sleep(0.01)
-            if method == 'simclr':
-                refused(*tiny(method), '--resume', cwd=cwd, said=['in use by another process'])
-            process.send_signal(ends[method])
+        processes = {method: python('-c', SLOWLY, *tiny(method), cwd=cwd) for method in ends}
+        alive = set(ends)
+        while alive:
+            for method in list(alive):
+                if (cwd / 'runs' / method / 'checkpoint.pt').exists() or processes[method].poll() is not None:
+                    refused(*tiny(method), '--resume', cwd=cwd, said=['in use by another process'])
+                    processes[method].send_signal(ends[method])
+                    alive.remove(method)
+            time.sleep(0.01)
         for method, process in processes.items():
             out, err = process.communicate(timeout=60)
             code = -signal.SIGKILL if method == 'simclr' else 130
