@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import qmc
 
 import cluster
 import data
@@ -174,6 +173,7 @@ def settings(ranges, n, seed):
     """n settings [{key: value}] that cover the ranges (key, low, high) evenly: the first n points of a
     scrambled Sobol sequence (Owen 1998). Between positive ends a factor of 8 or more apart it steps in
     logarithms; between whole ends, given as int, it takes whole numbers."""
+    from scipy.stats import qmc                                 # slow to import, and only needed here
     points = qmc.Sobol(len(ranges), seed=seed).random_base2(max(0, math.ceil(math.log2(n))))[:n]
 
     def value(u, low, high):
@@ -250,6 +250,8 @@ def evaluate(args):
 def export(folder, path, new=None, args=None):
     """Write features as an .npz: of all images of a run's data, with ids, split and the labels that are known
     (-1: not known; of a classifier's training images those it paid for); or of new images."""
+    if Path(path).exists() and not args.overwrite:              # it may be somebody's data
+        raise ValueError(f'{path} exists; add --overwrite to replace it, or name another file')
     network = runs.open_run(folder, args.device)
     if new:
         C, H, _ = network.config['data']['shape']
@@ -324,6 +326,8 @@ def compare(folders):
 def show_views(args):
     """Write originals and two augmented views of each as a PNG."""
     path = Path(args.show_views)
+    if path.suffix != '.png':                                   # it may be somebody's data
+        raise ValueError(f'--show-views {path}: wanted a name that ends in .png')
     ds = load_data(args)
     pretrain.write_views(path, data.to_float(ds.x_train[:16]), pretrain.views_of(args), args.seed)
     print(f'wrote {path}: originals above two views of each')

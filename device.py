@@ -38,7 +38,8 @@ def pick_device(name=None):
 def set_deterministic(on):
     """Allow only algorithms that give the same bits each time. Call it before CUDA starts."""
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    torch.use_deterministic_algorithms(on)
+    if on != torch.are_deterministic_algorithms_enabled():      # the call takes seconds
+        torch.use_deterministic_algorithms(on)
 
 
 def limit_threads(quota='/sys/fs/cgroup/cpu.max'):

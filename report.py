@@ -324,7 +324,7 @@ def gallery(x, captions):
     return images
 
 
-def feature_maps(shown, classes, seed, most=2000):
+def feature_maps(shown, classes, seed, most=1000):
     """The features of at most `most` images in two dimensions, by PCA and t-SNE, with their classes, or else
     those that were predicted."""
     ids = features.sample(len(shown['h']), most, seed)

@@ -268,7 +268,7 @@ else:
 
     def check_command(parser, command, typed):
         """What is typed must do something with the command."""
-        takes = {'compare': (), 'list': (), 'export': ('device', 'data'), 'predict': ('device',),
+        takes = {'compare': (), 'list': (), 'export': ('device', 'data', 'overwrite'), 'predict': ('device',),
                  'evaluate': ('device', 'data', 'tensorboard')}.get(command, typed)
         for key in typed:
             if key != command and key not in takes:

@@ -1,4 +1,5 @@
-from helpers import close, finished, folder, home, images, logged, measured, randn, refused, run, tiny, write_npz
+"""Clusters: the heads of scan and their criterion, pseudo-labelling in turns, names and files."""
+from helpers import close, finished, home, images, logged, measured, randn, refused, run, tiny
 import csv
 import itertools
 import math
@@ -22,6 +23,13 @@ def blobs(n=60, K=3):
     return 3 * torch.stack([angle.cos(), angle.sin()], 1) + 0.3 * randn(n, 2), blob
 
 
+def criterion_by_loops(pred, near, entropy=5.0):
+    n = len(pred)
+    same = sum(int(pred[j] == pred[i]) for i in range(n) for j in near[i]) / near.numel()
+    sizes = [count / n for count in pred.bincount().tolist() if count]
+    return -math.log(same) + entropy * sum(size * math.log(size) for size in sizes)
+
+
 def test_scan_heads_find_blobs_agree_on_the_names_and_need_no_more_memory_than_there_is():
     h, blob = blobs()
     near = features.neighbours(h, 5)
@@ -29,46 +37,40 @@ def test_scan_heads_find_blobs_agree_on_the_names_and_need_no_more_memory_than_t
     assert evaluate.hungarian_accuracy(probs.argmax(1), blob)[0] == 1 and close(probs.sum(1), torch.ones(60))
     assert probs.max(1).values.min() > 0.75                   # heads that name differently would blur it
     with mock.patch.object(cluster, 'HEADS_BYTES', 4 * 60 * 3 * 2 + 1):        # memory for two heads
-        two = cluster.scan_heads(h, near, 3, heads=8, steps=600, batch=64)
-    assert close(two, cluster.scan_heads(h, near, 3, heads=2, steps=600, batch=64), 1e-6)
+        few = cluster.scan_heads(h, near, 3, heads=8, steps=60, batch=64)
+    assert close(few, cluster.scan_heads(h, near, 3, heads=2, steps=60, batch=64), 1e-6)
 
 
 def test_propagation_is_a_walk_along_the_graph_of_the_nearest_neighbours():
     near, probs = features.neighbours(randn(60, 4), 12), randn(60, 3, seed=1).softmax(1)
     step = np.zeros((60, 60))
     step[np.arange(60)[:, None], near[:, :10]] = 1 / 10
-    assert close(cluster.propagate(probs, near), np.linalg.matrix_power(step, 5) @ probs.double().numpy(), 1e-6)
+    wanted = np.linalg.matrix_power(step, 5) @ probs.double().numpy()
+    assert close(cluster.propagate(probs, near), wanted, 1e-6)
 
 
 def test_of_the_heads_that_half_decides_whose_clusters_neighbours_share_most():
-    h, said, judged = randn(200, 4), [], []
+    h, said = randn(200, 4), []
     near = features.neighbours(h, 12)
     with mock.patch.object(cluster, 'propagate', lambda probs, near: said.append(probs) or probs):
         probs = cluster.scan_heads(h, near, 3, heads=5, steps=3, batch=64)
-    for one in said[:5]:                                      # hardly trained: they differ
-        pred = one.argmax(1)
-        same = sum(int(pred[j] == pred[i]) for i in range(200) for j in near[i]) / near.numel()
-        sizes = [c / 200 for c in pred.bincount().tolist() if c]
-        judged.append(-math.log(same) + 5 * sum(s * math.log(s) for s in sizes))
-    assert len(set(judged)) == 5
+    judged = [criterion_by_loops(one.argmax(1), near) for one in said[:5]]     # hardly trained: they differ
     kept = sorted(range(5), key=judged.__getitem__)[:3]
     first, total = said[kept[0]].argmax(1), 0
     for head in kept:                                         # of all ways to name its clusters the best
         named = [said[head][:, list(order)] for order in itertools.permutations(range(3))]
         total += max(named, key=lambda probs: (probs.argmax(1) == first).sum())
-    assert len(said) == 6 and close(probs, total / 3, 1e-6)
+    assert len(set(judged)) == 5 and close(probs, total / 3, 1e-6)
 
 
 def test_the_criterion_sees_neighbours_and_sizes_and_one_cluster_for_all_is_worst():
     h, blob = blobs()
     near = features.neighbours(h, 5)
-    right = cluster.criterion(blob, near, 3)
-    assert close(right, -5 * math.log(3)) and close(cluster.criterion(torch.zeros_like(blob), near, 3), 0)
+    best, worst = cluster.criterion(blob, near, 3), cluster.criterion(torch.zeros_like(blob), near, 3)
+    assert close(best, -5 * math.log(3)) and close(worst, 0)
     other = torch.randint(3, (60,), generator=generator('cpu', 0))
-    same = sum(int(other[j] == other[i]) for i in range(60) for j in near[i]) / near.numel()
-    sizes = [c / 60 for c in other.bincount().tolist()]
-    wanted = -math.log(same) + 2 * sum(s * math.log(s) for s in sizes)
-    assert close(cluster.criterion(other, near, 3, 2.0), wanted) and right < cluster.criterion(other, near, 3)
+    assert close(cluster.criterion(other, near, 3, 2.0), criterion_by_loops(other, near, 2.0))
+    assert best < cluster.criterion(other, near, 3) < worst + math.log(9)
 
 
 def test_clusters_keep_their_names_whatever_the_order_they_are_found_in():
@@ -77,56 +79,47 @@ def test_clusters_keep_their_names_whatever_the_order_they_are_found_in():
         found = torch.tensor(names)[before]
         found[3] = names[0]
         assert cluster.matching(found, before, 4)[found].tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2]
-    names = cluster.matching(torch.tensor([3, 2, 1, 0]), torch.tensor([0, 0, 1, 1]), 4)
-    assert sorted(names.tolist()) == [0, 1, 2, 3]
 
 
 def test_cluster_starts_from_kmeans_or_a_scan_assigns_anew_and_keeps_each_iteration():
-    ds = data.load(home() / 'tiny.npz')
-    h = data.to_float(ds.x_train).flatten(1)
+    h = data.to_float(data.load(home() / 'tiny.npz').x_train).flatten(1)
     h = torch.nn.functional.normalize(h - h.mean(0), dim=1)
     voted = runs.open_run(finished('scan')).model.probs.argmax(1)
-    with folder() as cwd:
-        write_npz(cwd / 'tiny.npz')
-        starts = {'kmeans': (evaluate.kmeans(h, 3, seed=0)[0], []), 'scan': (voted, ['--encoder', finished('scan')])}
-        for name, (wanted, more) in starts.items():
-            flags = [w for w in tiny('cluster') if not more or w not in ('--width', 0.1)]
-            code, _, err = run(*flags, *more, '--name', name, cwd=cwd)
-            there = cwd / 'runs' / name
-            assert code == 0 and not err, err
-            states = {p.name: torch.load(p, weights_only=True) for p in there.glob('[ibf]*.pt')}
-            assert set(states) == {'iteration-00.pt', 'iteration-01.pt', 'iteration-02.pt', 'best.pt', 'final.pt'}
-            assert torch.equal(states['iteration-00.pt']['pred'].long(), wanted)
-            rows = [row for row in logged(there) if 'iteration' in row]
-            assert [row['iteration'] for row in rows] == [0, 1, 2]
-            best = min(rows[1:], key=lambda row: row['criterion'])['iteration']     # 0 is no network's
-            assert torch.equal(states['best.pt']['pred'], states[f'iteration-{best:02}.pt']['pred'])
-            assert torch.equal(states['final.pt']['pred'], states['iteration-02.pt']['pred'])
+    starts = {'kmeans': (evaluate.kmeans(h, 3, seed=0)[0], []), 'scan': (voted, ['--encoder', finished('scan')])}
+    for name, (wanted, more) in starts.items():
+        flags = [word for word in tiny('cluster') if not more or word not in ('--width', 0.1)]
+        code, _, err = run(*flags, *more, '--name', name)
+        assert code == 0 and not err, err
+        there = home() / 'runs' / name
+        found = {p.stem: torch.load(p, weights_only=True)['pred'] for p in there.glob('[ibf]*.pt')}
+        assert set(found) == {'iteration-00', 'iteration-01', 'iteration-02', 'best', 'final'}
+        assert torch.equal(found['iteration-00'].long(), wanted)
+        rows = [row for row in logged(there) if 'iteration' in row]
+        assert [row['iteration'] for row in rows] == [0, 1, 2]
+        best = min(rows[1:], key=lambda row: row['criterion'])['iteration']    # of those that have a network
+        assert torch.equal(found['best'], found[f'iteration-{best:02}'])
+        assert torch.equal(found['final'], found['iteration-02'])
 
 
 def test_any_number_of_clusters_is_found_and_each_image_is_told_its_own():
-    with folder() as cwd:
-        write_npz(cwd / 'tiny.npz')
-        for K, method in itertools.product((2, 20), ('cluster', 'scan')):
-            code, out, err = run(*tiny(method), '--clusters', K, '--overwrite', cwd=cwd)
-            there = cwd / 'runs' / method
-            assert code == 0 and not err and measured(there)['clusters'] == K, err
-            rows = list(csv.DictReader((there / 'clusters.csv').open()))
-            assert [row['id'] for row in rows] == [str(i) for i in range(120)] and 'clusters.csv' in out
-            opened = runs.open_run(there)
-            p = opened.model.probs if method == 'scan' else opened.predict(data.load(cwd / 'tiny.npz').x_train)
-            assert [int(row['cluster']) for row in rows] == p.argmax(1).tolist()
-            assert close([float(row['confidence']) for row in rows], p.max(1).values, 1e-4)
-        for method in 'cluster', 'scan':
-            refused(*tiny(method), '--clusters', 121, '--name', 'x', cwd=cwd, said=['121', '120'])
+    for K, method in itertools.product((2, 20), ('cluster', 'scan')):
+        code, out, err = run(*tiny(method), '--clusters', K, '--name', f'{method}{K}')
+        there = home() / f'runs/{method}{K}'
+        assert code == 0 and not err and measured(there)['clusters'] == K and 'clusters.csv' in out, err
+        rows = list(csv.DictReader((there / 'clusters.csv').open()))
+        opened = runs.open_run(there)
+        p = opened.model.probs if method == 'scan' else opened.predict(data.load(home() / 'tiny.npz').x_train)
+        assert [row['id'] for row in rows] == [str(i) for i in range(120)]
+        assert [int(row['cluster']) for row in rows] == p.argmax(1).tolist()
+        assert close([float(row['confidence']) for row in rows], p.max(1).values, 1e-4)
+    refused(*tiny('scan'), '--clusters', 121, '--name', 'x', said=['121', '120'])
 
 
 def test_an_assignment_that_collapses_is_said_loudly():
     def collapsing(network, images):
         return torch.eye(3)[torch.zeros(len(images), dtype=torch.int64)]
-    with folder() as cwd, mock.patch.object(runs.Network, 'predict', collapsing):
-        write_npz(cwd / 'tiny.npz')
-        code, out, _ = run(*tiny('cluster'), cwd=cwd)
+    with mock.patch.object(runs.Network, 'predict', collapsing):
+        code, out, _ = run(*tiny('cluster'), '--name', 'collapsed')
         assert code == 0 and 'WARNING: only 1 of 3 clusters are alive' in out
 
 

@@ -46,6 +46,13 @@ def test_psnr_is_20_db_for_a_tenth_of_the_range():
     assert evaluate.psnr(x, x).tolist() == [math.inf] * 2
 
 
+def test_nothing_is_left_behind_on_the_cpu():
+    x, h = torch.empty(6, 1, 12, 12, device='meta'), torch.empty(80, 5, device='meta')
+    similarities, rows = features.most_similar(h[:9], h, 3)
+    scores = evaluate.ssim(x, x), evaluate.nearest(h, h[:3])[1], similarities, rows
+    assert all(score.device.type == 'meta' for score in scores)
+
+
 def test_images_of_different_shapes_are_not_compared():
     for score, other in itertools.product((evaluate.ssim, evaluate.psnr), ((1, 1, 12, 12), (2, 3, 12, 12))):
         with raises(ValueError, '(2, 1, 12, 12)', other):
