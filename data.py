@@ -210,7 +210,10 @@ def to_images(what, x, least=1):
         x = x[:, None]
     elif x.ndim == 4 and x.shape[3] in (1, 3):
         x = x.transpose(0, 3, 1, 2)
+    elif x.ndim == 4:
+        note(f'{what}: read as (N, C, H, W)')
     if x.dtype.kind == 'f' and x.min() >= 0 and x.max() <= 1:
+        note(f'{what}: read as floats from 0 to 1')
         x = np.rint(x * 255).astype(np.uint8)
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 8:
         raise ValueError(f'{what} is {x.dtype} of shape {x.shape}; wanted uint8 of shape (N, H, W) or '
@@ -224,6 +227,7 @@ def to_labels(what, y, n, least=-1):
     if y is None:
         return None
     if y.shape == (n, 1):
+        note(f'{what}: read as (N,)')
         y = y[:, 0]
     if y.shape != (n,) or y.dtype.kind not in 'iub':
         raise ValueError(f'{what} is {y.dtype} of shape {y.shape}; wanted integers of shape ({n},), such as '
