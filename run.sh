@@ -23,7 +23,6 @@ settings() {   # the flags of row $2 in schedule $1 with seed $3, beside the def
     quick-query | quick-control) echo --budget 100 --rounds 2 --round-epochs 1 --decay-epochs 1 ;;
     quick-ae | quick-conv | quick-vae | quick-simclr | quick-classify) echo --epochs 1 ;;
     full-conv | full-vae) echo --epochs 10 ;;
-    full-simclr)   echo --epochs 15 ;;
     full-query)    echo --budget 1000 --audit 0 ;;
     full-control)  echo --budget 1000 --rounds 1 --round-epochs 30 ;;
   esac

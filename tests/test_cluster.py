@@ -85,7 +85,8 @@ def test_cluster_starts_from_kmeans_or_a_scan_assigns_anew_and_keeps_each_iterat
     h = data.to_float(data.load(home() / 'tiny.npz').x_train).flatten(1)
     h = torch.nn.functional.normalize(h - h.mean(0), dim=1)
     voted = runs.open_run(finished('scan')).model.probs.argmax(1)
-    starts = {'kmeans': (evaluate.kmeans(h, 3, seed=0)[0], []), 'scan': (voted, ['--encoder', finished('scan')])}
+    starts = {'from-kmeans': (evaluate.kmeans(h, 3, seed=0)[0], []),
+              'from-scan': (voted, ['--encoder', finished('scan')])}
     for name, (wanted, more) in starts.items():
         flags = [word for word in tiny('cluster') if not more or word not in ('--width', 0.1)]
         code, _, err = run(*flags, *more, '--name', name)
@@ -124,7 +125,7 @@ def test_an_assignment_that_collapses_is_said_loudly():
 
 
 def test_clusters_are_scored_with_the_names_that_training_labels_give_them():
-    (x, y), (x_test, y_test) = images(120), images(40, seed=1)
+    (_, y), (x_test, y_test) = images(120), images(40, seed=1)
     opened = runs.open_run(finished('scan'))
     orders, found = itertools.permutations(range(3)), opened.model.probs.argmax(1).tolist()
     named = max(orders, key=lambda order: sum(order[c] == k for c, k in zip(found, y)))

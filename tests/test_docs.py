@@ -1,4 +1,5 @@
-from helpers import HERE, arrays, cli, finished, folder, inside, modules, python, write_npz
+"""README.md, docs/ and tour.ipynb: commands, flags, links and code in them are those of this repository."""
+from helpers import HERE, arrays, cli, finished, folder, home, inside, modules, python, write_npz
 import base64
 import contextlib
 import io
@@ -15,26 +16,25 @@ import report
 import runs
 
 PAGES = [HERE / 'README.md', *sorted((HERE / 'docs').glob('*.md'))]
+TORCHRUN = {'--nproc-per-node', '--nnodes', '--rdzv-backend', '--rdzv-endpoint'}
+
+
+def code_of(page, language):
+    return re.findall(rf'```{language}\n(.*?)```', (HERE / page).read_text(), re.S)
 
 
 def test_every_command_of_the_pages_parses_and_every_flag_they_name_exists():
-    known = {option for action in cli().make_parser()._actions for option in action.option_strings}
-    known |= {'--nproc-per-node', '--nnodes', '--rdzv-backend', '--rdzv-endpoint'}     # of torchrun
+    known = {option for action in cli().make_parser()._actions for option in action.option_strings} | TORCHRUN
     for other in 'test_all.py', 'bench.py':
         known |= set(re.findall(r"'(--[a-z-]+)'", (HERE / other).read_text()))
-    commands = 0
     for page in PAGES:
         text = page.read_text().replace('\\\n', ' ')
-        if page.name == 'forking.md':                         # its commands need its changes
-            continue
-        for line in re.findall(r'^ +(?:python|torchrun [^\n]*?) ?ssl\.py (.*)', text, re.M):
-            words = shlex.split(line, comments=True)
-            if '...' not in words:
-                cli().parse(words)
-                commands += 1
+        if page.name != 'forking.md':                         # whose commands need its changes
+            for line in re.findall(r'^ +(?:python|torchrun [^\n]*?) ?ssl\.py (.*)', text, re.M):
+                words = shlex.split(line, comments=True)
+                assert '...' in words or cli().parse(words)
         unknown = set(re.findall(r'(?<![\w-])--[a-z][a-z-]*', text)) - known
         assert not unknown, (page.name, unknown)
-    assert commands > 15
     assert len((HERE / 'README.md').read_bytes()) <= 12_000
 
 
@@ -53,25 +53,35 @@ def test_every_link_of_the_pages_leads_somewhere_and_every_module_is_in_the_read
 
 
 def test_the_readmes_python_runs_from_any_folder_beside_a_users_own_data_module():
-    code, = re.findall(r'```python\n(.*?)```', (HERE / 'README.md').read_text(), re.S)
+    code, = code_of('README.md', 'python')
+    x = arrays()['x_test']
     with folder() as cwd:
         (cwd / 'data.py').write_text('mine = 1\n')
         (cwd / 'try.py').write_text(code.replace('path/to/this/folder', str(HERE)))
         shutil.copytree(finished('classify'), cwd / 'runs/classify')
-        np.savez(cwd / 'new.npz', x=arrays()['x_test'])
-        process = python('try.py', cwd=cwd)
-        out, err = process.communicate(timeout=60)
-        classes = runs.open_run(finished('classify')).predict(arrays()['x_test']).argmax(1)
-        assert process.returncode == 0 and out == f'{[str(k) for k in classes.tolist()]}\n', err
+        np.savez(cwd / 'new.npz', x=x)
+        out, err = python('try.py', cwd=cwd).communicate(timeout=60)
+        classes = runs.open_run(finished('classify')).predict(x).argmax(1)
+        assert out == f'{[str(k) for k in classes.tolist()]}\n', err
+
+
+def test_the_snippet_that_made_the_picture_of_the_readme_runs():
+    code, = code_of('docs/results.md', 'python')
+    ds = data.load(home() / 'tiny.npz')
+    with folder() as cwd, inside(cwd), mock.patch.object(data, 'load', return_value=ds):
+        (cwd / 'docs').mkdir()
+        for method in 'conv', 'scan':
+            shutil.copytree(finished(method), cwd / f'runs/full-{method}-0')
+        exec(compile(code, 'results.md', 'exec'), {})
+        assert (cwd / 'docs/examples.png').exists() and (HERE / 'docs/examples.png').exists()
 
 
 def apply(diff, there):
-    """Apply a unified diff to the files of a folder; what it changes, with its context, is in one place of the file,
-    whatever its line numbers."""
+    """Apply a unified diff to the files of a folder; what it changes, with its context, is in one place of the
+    file, whatever its line numbers."""
     for part in re.split(r'^--- a/', diff, flags=re.M)[1:]:
         path = there / part.split('\n')[0]
-        hunks = re.split(r'^@@ .*\n', part, flags=re.M)[1:]
-        for body in hunks:
+        for body in re.split(r'^@@ .*\n', part, flags=re.M)[1:]:
             lines = [line if line.strip() else ' \n' for line in body.splitlines(keepends=True)]
             old = ''.join(line[1:] for line in lines if line[0] in ' -')
             new = ''.join(line[1:] for line in lines if line[0] in ' +')
@@ -80,7 +90,9 @@ def apply(diff, there):
 
 
 def test_each_change_that_forking_shows_is_small_applies_and_works():
-    shown = re.findall(r'```diff\n(.*?)```.*?^ +python ssl\.py (.*?)\n', (HERE / 'docs/forking.md').read_text(), re.S | re.M)
+    text = (HERE / 'docs/forking.md').read_text()
+    shown = re.findall(r'```diff\n(.*?)```.*?^ +python ssl\.py (.*?)\n', text, re.S | re.M)
+    small = ['--epochs', 1, '--batch-size', 60, '--no-amp']
     assert len(shown) >= 3
     with folder() as cwd, contextlib.ExitStack() as stack:
         write_npz(cwd / 'tiny.npz')
@@ -89,22 +101,19 @@ def test_each_change_that_forking_shows_is_small_applies_and_works():
             data.write_idx(cwd / 'data/kmnist' / name, arrays(K=10)[key].astype(np.uint8))
         started = []
         for i, (diff, words) in enumerate(shown):
-            changed = re.findall(r'^(?:[+](?![+][+])|-(?!--))', diff, re.M)
-            assert 0 < len(changed) < 25, diff
+            assert 0 < len(re.findall(r'^(?:[+](?![+][+])|-(?!--))', diff, re.M)) < 25, diff
             there = cwd / f'copy{i}'
             there.mkdir()
             for path in [*HERE.glob('*.py'), *HERE.glob('*.html')]:
                 shutil.copy(path, there)
             apply(diff, there)
-            small = ['--data', 'tiny.npz'] if '--data' not in words else []
-            if 'pixels' not in words:
-                small += ['--epochs', 1, '--batch-size', 60, '--no-amp']
-            process = python(there / 'ssl.py', *words.split(), *small, '--name', f'run{i}', cwd=cwd)
+            more = ['--data', 'tiny.npz'] * ('--data' not in words) + small * ('pixels' not in words)
+            process = python(there / 'ssl.py', *words.split(), *more, '--name', f'run{i}', cwd=cwd)
             stack.callback(process.kill)
             started.append(process)
         for i, process in enumerate(started):
             _, err = process.communicate(timeout=120)
-            assert process.returncode == 0 and not err and (cwd / f'runs/run{i}/metrics.json').exists(), err
+            assert not err and (cwd / f'runs/run{i}/metrics.json').exists(), err
 
 
 def test_the_tour_runs_as_plain_python_and_its_images_are_inside():
@@ -112,7 +121,7 @@ def test_the_tour_runs_as_plain_python_and_its_images_are_inside():
     code = [''.join(cell['source']) for cell in book['cells'] if cell['cell_type'] == 'code']
     outputs = [out for cell in book['cells'] for out in cell.get('outputs', ())]
     stored = [out['data']['image/png'] for out in outputs if 'image/png' in out.get('data', ())]
-    seen, out, png, space = [], io.StringIO(), report.png, {'__name__': '__main__'}
+    seen, png, space = [], report.png, {'__name__': '__main__'}
 
     def spy(image):
         seen.append(png(image))
@@ -121,7 +130,7 @@ def test_the_tour_runs_as_plain_python_and_its_images_are_inside():
         for key, name in data.IDX_NAMES.items():
             data.write_idx(cwd / name, arrays(200, H=14, W=14, K=10)[key].astype(np.uint8))
         with inside(cwd), mock.patch.object(data, 'find', return_value=cwd), modules(IPython_display=None), \
-                contextlib.redirect_stdout(out), mock.patch.object(report, 'png', spy):
+                contextlib.redirect_stdout(io.StringIO()), mock.patch.object(report, 'png', spy):
             for cell in code:
                 exec(compile(cell, 'tour.ipynb', 'exec'), space)
     assert len(code) > 5 and len(seen) == len(stored) >= 4

@@ -2,7 +2,6 @@ from helpers import posix
 import contextlib
 import io
 
-
 import faults
 
 
@@ -15,6 +14,5 @@ def test_runs_broken_at_random_and_resumed_equal_their_unbroken_twins():
 
 
 def test_damaged_files_of_every_format_are_read_or_refused_in_one_sentence():
-    counts = faults.read_damaged(4000)
-    assert sum(map(sum, counts.values())) >= 2000
-    assert all(read for read, _ in counts.values()) and sum(refused > 0 for _, refused in counts.values()) >= 6, counts
+    counts = faults.read_damaged(2400)
+    assert all(read for read, _ in counts.values()) and sum(refused > 0 for _, refused in counts.values()) >= 8

@@ -135,10 +135,10 @@ REFUSED = {                                                   # method and flags
     'query --encoder SIMCLR --data other.npz': '(1, 8, 12)', 'classify --data bare.npz': 'y_train',
     'query --data bare.npz': 'y_train', 'query --budget 121': '120', 'query --budget 2': 'classes',
     'query --rounds 16': '15', 'query --oracle file': '--answers', 'query --answers a.csv': '--oracle file',
-    'query --classes a,b': '3', 'query --classes a,b,a': 'different',
+    'query --classes a,b': '3', 'query --classes a,b,a': 'twice',
     'query --oracle web --data bare.npz': 'classes',
     'query --oracle web --data bare.npz --classes one': 'two classes',
-    'query --oracle web --search 2 --over lr=1e-4:1e-2': '--oracle web'}
+    'query --oracle web --search 2 --over lr=1e-4:1e-2': '--oracle'}
 
 
 def test_what_can_not_start_is_one_line_and_leaves_no_run():
