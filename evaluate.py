@@ -111,10 +111,15 @@ def kmeans(x, k, restarts=10, iterations=100, tol=1e-4, seed=0, centres=None):
     if not 1 <= k <= len(x):
         raise ValueError(f'k-means was asked for {k} clusters of {len(x)} points')
     x = x.float()
-    origin = x.mean(0)              # far from 0 the squares would lose their digits
-    x = x - origin
-    squares = _squares(x)
-    limit = tol * squares.mean() / x.shape[1]
+    origin, squares = x.mean(0), _squares(x)
+    variance = squares.mean() - origin.square().sum()
+    if variance < squares.mean() / 16:              # far from 0 the squares lose their digits
+        x = x - origin
+        squares = _squares(x)
+        variance = squares.mean()
+    else:                                           # a copy takes as long as two iterations
+        origin = torch.zeros_like(origin)
+    limit = tol * variance / x.shape[1]
     restarts = 1 if centres is not None else restarts
     best = None
     update = progress('k-means, sooner if it settles', restarts * iterations)

@@ -99,7 +99,7 @@ def formats(f, rng):
         (f / 'cifar' / name).write_bytes(b''.join(bytes([i % 10]) + rng.bytes(3072) for i in range(30)))
     for path in (f / 'cifar').iterdir():
         yield path, lambda path: data.load(path.parent)
-    runs.write_state(f / 'fuzz.pt', {'model': {'w': torch.ones(40, 50)}, 'epoch': 3, 'kept': {'sizes': [1, 2]}})
+    runs.write_state(f / 'fuzz.pt', {'model': {'w': torch.ones(40, 50)}, 'epoch': 3, 'kept': {'x': [1, 2]}})
     yield f / 'fuzz.pt', runs.load_checkpoint
     database = labels.LabelDatabase(f / 'fuzz.sqlite', lambda ids: [i % 3 for i in ids], 99, 'abc')
     database.query(range(30, 60), 0, [(1, 0.5, 1, 0)] * 30, labels.Estimate(0.5, 0.2, 0.8, 30))
@@ -116,8 +116,8 @@ def formats(f, rng):
 
 
 def read_damaged(cases, seed=0):
-    """{file: [times read, times refused]} of damaged files of all formats. Asserts that nothing but a ValueError
-    or an OSError of one line that names the file comes, soon."""
+    """{file: [times read, times refused]} of damaged files of all formats. Asserts that nothing but a
+    ValueError or an OSError of one line that names the file comes, soon."""
     rng, counts = np.random.default_rng(seed), {}
     with folder() as f, contextlib.redirect_stderr(io.StringIO()):
         for path, read in formats(f, rng):
@@ -142,7 +142,7 @@ def read_damaged(cases, seed=0):
 
 
 def fuzz(cases):
-    """Read so many damaged files, by seeds of the clock; prints what was tried, or the seed that finds a fault."""
+    """Read so many damaged files, by seeds of the clock; prints what was tried, or what finds a fault."""
     seed, done = time.time_ns() % 10 ** 9, 0
     while done < cases:
         counts = read_damaged(10_000, seed)
@@ -221,7 +221,8 @@ def results(there):
             found[path.name] = {key: value for key, value in state.items() if key != '/seconds'}
     if (there / 'labels.sqlite').exists():
         with contextlib.closing(sqlite3.connect(there / 'labels.sqlite')) as db:
-            found['labels'] = [db.execute(f'SELECT * FROM {name}').fetchall() for name in ('queries', 'rounds')]
+            tables = 'queries', 'rounds'
+            found['labels'] = [db.execute(f'SELECT * FROM {name}').fetchall() for name in tables]
     return found
 
 
@@ -247,8 +248,8 @@ def break_and_resume(kind, cwd, twin, took, rng):
 
 
 def soak(minutes):
-    """Break runs of every method at random for so long, resume each to its end, and compare it with its unbroken
-    twin. Prints the figures; 1 if anything was lost."""
+    """Break runs of every method at random for so long, resume each to its end, and compare it with its
+    unbroken twin. Prints the figures; 1 if anything was lost."""
     seed, until = time.time_ns() % 10 ** 9, time.monotonic() + 60 * minutes
     rng, twins, stories, failures = np.random.default_rng(seed), {}, [], []
     print(f'seed {seed}', flush=True)
@@ -267,6 +268,6 @@ def soak(minutes):
             failures += [failure] if failure else []
             shutil.rmtree(cwd / 'runs/r', ignore_errors=True)
     print('\n\n'.join(failures[:20]))
-    print(f'{sum(map(len, stories)):,} faults in {len(stories):,} runs of {len(twins)} kinds, each resumed to its '
-          f'end: {len(failures)} differ or failed')
+    print(f'{sum(map(len, stories)):,} faults in {len(stories):,} runs of {len(twins)} kinds, each resumed to '
+          f'its end: {len(failures)} differ or failed')
     return 1 if failures else 0

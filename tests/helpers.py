@@ -130,7 +130,7 @@ def run(*words, cwd=None):
             except SystemExit as e:
                 code = e.code
         if (code != 0 or 'web' in words) and os.path.exists('runs'):
-            gc.collect()                                      # an exception's frames or a server may hold a lock
+            gc.collect()                                      # an exception or a server may hold a lock
     return code, out.getvalue(), err.getvalue()
 
 

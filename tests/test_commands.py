@@ -27,7 +27,7 @@ def test_settings_cover_their_ranges_evenly_in_logarithms_where_they_span_more()
     found = commands.settings(ranges, 64, 0)
     for key, low, high, to in ('lr', 1e-4, 1e-2, math.log), ('crop', 0.2, 1, float):
         values = sorted((to(s[key]) - to(low)) / (to(high) - to(low)) for s in found)
-        assert all(abs(u - (i + 0.5) / 64) <= 0.501 / 64 for i, u in enumerate(values)), key    # one in each part
+        assert all(abs(u - (i + 0.5) / 64) <= 0.501 / 64 for i, u in enumerate(values)), key
     assert {s['epochs'] for s in found} == {3, 4, 5, 6}
     assert commands.settings(ranges, 5, 0) == found[:5] != commands.settings(ranges, 5, 1)
 
@@ -84,8 +84,8 @@ def test_list_says_what_state_each_run_is_in():
         done, half = run('--list', cwd=cwd)[1].splitlines()
         assert done.startswith('runs/done: finished after epoch 2 of 2, 0:0')
         assert half == 'runs/half: stopped at epoch 1 of 2'
-        lock = ('import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); '
-                'sys.stdin.read()')
+        lock = ('import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); '
+                'print(1, flush=True); sys.stdin.read()')
         held = python('-c', lock, cwd / 'runs/half/.lock', stdin=subprocess.PIPE)
         held.stdout.readline()
         assert 'runs/half: running at epoch 1 of 2' in run('--list', cwd=cwd)[1]

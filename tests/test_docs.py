@@ -77,8 +77,8 @@ def test_the_snippet_that_made_the_picture_of_the_readme_runs():
 
 
 def apply(diff, there):
-    """Apply a unified diff to the files of a folder; what it changes, with its context, is in one place of the
-    file, whatever its line numbers."""
+    """Apply a unified diff to the files of a folder; what it changes, with its context, is in one place of
+    the file, whatever its line numbers."""
     for part in re.split(r'^--- a/', diff, flags=re.M)[1:]:
         path = there / part.split('\n')[0]
         for body in re.split(r'^@@ .*\n', part, flags=re.M)[1:]:
