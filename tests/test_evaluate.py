@@ -342,7 +342,8 @@ def test_clusters_get_the_names_that_training_labels_give_them_and_unmatched_one
     ds = data.make_dataset('tiny', a)
 
     def measure_clusters(K, *keys):
-        some, train = data.make_dataset('some', {key: a[key] for key in keys or a}), data.to_float(ds.x_train)
+        some = data.make_dataset('some', {key: a[key] for key in keys or a})
+        train = data.to_float(ds.x_train)
         predict, encode = (lambda x: torch.eye(K)[clusters(x, K)]), (lambda x: x[:, 0, 0, :4])
         return evaluate.measure_clusters(some, predict, encode, K, clusters(train, K))
 

@@ -139,7 +139,7 @@ def test_tsne_lowers_the_divergence_separates_blobs_and_bears_equal_points():
     for N in 4, 30:
         y, after = features.tsne(torch.ones(N, 5), 30, steps=50)
         assert y.isfinite().all() and math.isfinite(after)
-    assert torch.equal(features.tsne(x[:7], 30, 9)[0], features.tsne(x[:7], 2, 9)[0])       # (N - 1) / 3 at most
+    assert torch.equal(features.tsne(x[:7], 30, 9)[0], features.tsne(x[:7], 2, 9)[0])   # (N - 1) / 3
 
 
 def test_long_work_tells_a_terminal_how_far_it_is_and_leaves_nothing_behind():
