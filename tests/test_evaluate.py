@@ -338,7 +338,7 @@ def clusters(x, K):
 
 def test_clusters_get_the_names_that_training_labels_give_them_and_unmatched_ones_are_wrong():
     a = arrays(60, 30)
-    a['y_test'] = (a['y_test'] + 1) % 3                                   # their own labels would name them so
+    a['y_test'] = (a['y_test'] + 1) % 3                                   # these would name them so
     ds = data.make_dataset('tiny', a)
 
     def measure_clusters(K, *keys):

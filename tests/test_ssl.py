@@ -109,8 +109,10 @@ WRONG = {                                                     # words: what the 
     '': 'say what to do', '--method VAE': "'vae'", '--method conv --net resent': "'resnet'",
     '--method ae extra': 'extra', '--meth ae': '--meth', '--method ae --resume --overwrite': 'exclude',
     '--method ae --data no/such': 'no/such', '--method ae --data=': '--data',
-    '--method ae --data .': 'no image', '--method ae --lr 0': '--lr', '--method scan --clusters 1': '--clusters',
-    '--evaluate runs/none': 'runs/none', '--compare none': 'none', '--evaluate=': 'path', '--compare --lr 1': '--lr', '--list --seed 1': '--seed',
+    '--method ae --data .': 'no image', '--method ae --lr 0': '--lr',
+    '--method scan --clusters 1': '--clusters',
+    '--evaluate runs/none': 'runs/none', '--compare none': 'none', '--evaluate=': 'path',
+    '--compare --lr 1': '--lr', '--list --seed 1': '--seed',
     '--method ae --show-views v.png': 'simclr', '--method classify --pick informative': 'informative',
     '--method ae --device gpu': '--device', '--method ae --device cuda:99': '--device',
     '--method ae --name=': '--name', '--method ae --name ..': '--name', '--method ae --name a/b': '--name',
@@ -137,8 +139,8 @@ def test_a_flag_that_does_not_belong_to_the_method_is_refused():
 OTHER = {                                                     # values that change what is trained
     'net': 'conv', 'width': 0.3, 'latent': 3, 'epochs': 2, 'lr': 0.01, 'weight_decay': 0.5, 'batch_size': 8,
     'decay_epochs': 1, 'sam': 0.5, 'budget': 12, 'rounds': 1, 'round_epochs': 2, 'threshold': 0.1,
-    'audit': 0.5, 'clusters': 2, 'iterations': 1, 'noise': 0.3, 'beta': 3, 'likelihood': 'gaussian', 'temperature': 1,
-    'recon': 1, 'neighbours_from': 1, 'neighbours': 3, 'crop': 0.9, 'rotate': 90, 'jitter': 0, 'blur': 1,
+    'audit': 0.5, 'clusters': 2, 'iterations': 1, 'noise': 0.3, 'beta': 3, 'likelihood': 'gaussian',
+    'temperature': 1, 'recon': 1, 'neighbours_from': 1, 'neighbours': 3, 'crop': 0.9, 'rotate': 90, 'jitter': 0, 'blur': 1,
     'cutout': 0.5, 'flip': False, 'amp': True, 'freeze': True, 'labels': 12, 'pick': 'random', 'mixup': 1,
     'seed': 1, 'limit': 30}
 BY_METHOD = {('classify', 'pick'): 'coverage', ('ae', 'net'): 'resnet', ('classify', 'epochs'): 1,
@@ -146,8 +148,8 @@ BY_METHOD = {('classify', 'pick'): 'coverage', ('ae', 'net'): 'resnet', ('classi
              ('scan', 'amp'): None}                           # of new images only
 ELSEWHERE = {                                                 # have tests of their own
     'method', 'evaluate', 'compare', 'list', 'export', 'predict', 'show_views', 'search', 'over', 'data',
-    'size', 'name', 'resume', 'overwrite', 'device', 'deterministic', 'tensorboard', 'encoder', 'oracle', 'answers',
-    'classes', 'port', 'until', 'grey'}
+    'size', 'name', 'resume', 'overwrite', 'device', 'deterministic', 'tensorboard', 'encoder', 'oracle',
+    'answers', 'classes', 'port', 'until', 'grey'}
 
 
 def trained(method, cwd, **changed):
