@@ -140,7 +140,8 @@ OTHER = {                                                     # values that chan
     'net': 'conv', 'width': 0.3, 'latent': 3, 'epochs': 2, 'lr': 0.01, 'weight_decay': 0.5, 'batch_size': 8,
     'decay_epochs': 1, 'sam': 0.5, 'budget': 12, 'rounds': 1, 'round_epochs': 2, 'threshold': 0.1,
     'audit': 0.5, 'clusters': 2, 'iterations': 1, 'noise': 0.3, 'beta': 3, 'likelihood': 'gaussian',
-    'temperature': 1, 'recon': 1, 'neighbours_from': 1, 'neighbours': 3, 'crop': 0.9, 'rotate': 90, 'jitter': 0, 'blur': 1,
+    'temperature': 1, 'recon': 1, 'neighbours_from': 1, 'neighbours': 3, 'crop': 0.9, 'rotate': 90,
+    'jitter': 0, 'blur': 1,
     'cutout': 0.5, 'flip': False, 'amp': True, 'freeze': True, 'labels': 12, 'pick': 'random', 'mixup': 1,
     'seed': 1, 'limit': 30}
 BY_METHOD = {('classify', 'pick'): 'coverage', ('ae', 'net'): 'resnet', ('classify', 'epochs'): 1,
