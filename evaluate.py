@@ -274,18 +274,20 @@ def mean_f1(confusion, missed=0):
 
 # ------------------------------------------------------------------------------------- linear probe
 
-def linear_probe(x, y, x_test, l2s=(1e-3, 1e-2, 1e-1, 1.0)):
-    """(logits (N, K), chosen l2): multinomial logistic regression on frozen features x (n, D), labels y (n,).
+def linear_probe(x_train, y_train, x_val, y_val, x_test, l2s=(1e-3, 1e-2, 1e-1, 1.0)):
+    """(logits (N, K), chosen l2): multinomial logistic regression on frozen features.
 
-    The L2 strength is the best on the last sixth of the rows, which is held out for that; then the probe is
-    fitted anew on all.
+    The L2 strength is chosen by accuracy on the validation rows, 0.01 if there are none; then the probe is
+    fitted anew on both. All of these labels count as used.
     """
-    K, kept = int(y.max()) + 1, len(x) - max(1, len(x) // 6)
+    x, y = torch.cat([x_train, x_val]), torch.cat([y_train, y_val])
+    K = int(y.max()) + 1
+    l2s = l2s if len(x_val) else l2s[1:2]
     update = progress('linear probe', len(l2s) + 1)
     scores = []
     for l2 in l2s:
-        logits = logistic_regression(x[:kept], y[:kept], K, l2)(x[kept:])
-        scores.append((_accuracy(logits.argmax(1), y[kept:]), l2))
+        logits = logistic_regression(x_train, y_train, K, l2)(x_val)
+        scores.append((_accuracy(logits.argmax(1), y_val), l2))
         update(len(scores))
     best = max(scores)[1]
     logits = logistic_regression(x, y, K, best)(x_test)
@@ -331,13 +333,13 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_shar
     """(every measure of a representation, a dict for metrics.json; what they were measured on, to look at).
 
     Scored on the test set, which is read once; on the validation images if there is no test set, or if it has
-    no labels while the training set has some. What is fitted, or votes, is the training images, and the
-    validation images too where those are not scored. What needs labels that are missing is in 'left_out'.
+    no labels while the training set has some. What needs labels that are missing is in 'left_out'.
 
-    mse, ssim, psnr: of the reconstructions. knn: k = 20, cosine, by all labels. probe: linear, from
-    probe_share of the labels. kmeans_*: on L2-normalised features, k = the number of classes; ACC maps
-    clusters to classes by Hungarian matching on the labels of the images it was fitted on, NMI, ARI and
-    purity need no mapping.
+    mse, ssim, psnr: of the reconstructions. knn: k = 20, cosine, all training labels, and those of validation
+    images where these are not scored. probe: linear, from probe_share of the same labels; a sixth of those
+    come from validation and choose the L2 strength. kmeans_*: on L2-normalised features, fitted on the
+    training images, k = the number of classes; ACC maps clusters to classes by Hungarian matching on the
+    training labels, NMI, ARI and purity need no mapping.
 
     To look at, each as far as there is one: x images, y labels, h features, probs (N, K) of the probe, and
     the k-means: clusters (N,), centres, mapping {cluster: class}. ValueError for features that overflow.
@@ -345,7 +347,7 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_shar
     use_test = _scores_test(ds)
     if use_test:
         x, y, ids = ds.x_test, ds.y_test, torch.arange(len(ds.x_test))
-        bank_ids = torch.cat([train_ids, val_ids])
+        bank_ids = torch.cat([train_ids, ds.labelled(val_ids)])
     else:
         x, y, bank_ids = ds.x_train, ds.y_train, train_ids
         ids = val_ids if y is None else ds.labelled(val_ids)
@@ -364,22 +366,32 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_shar
     if y is None:
         return {**metrics, 'left_out': ['knn', 'probe', 'kmeans']}, shown
     y = shown['y'] = y[ids].to(device)
+    n = len(train_ids)              # those of the bank; the others are validation images with a label
     labels = torch.full_like(bank_ids, -1) if ds.y_train is None else ds.y_train[bank_ids]
     labels = labels.to(device)
-    scores, clustering = _measure_kmeans(bank, labels, h, y, len(ds.classes), seed)
+    scores, clustering = _measure_kmeans(bank[:n], labels[:n], h, y, len(ds.classes), seed)
     metrics.update(scores, kmeans_mapping='train' if ds.y_train is not None else metrics['split'])
     shown.update(clustering)
     if ds.y_train is None:
         return {**metrics, 'left_out': ['knn', 'probe']}, shown
-    bank, labels = bank[labels >= 0], labels[labels >= 0]
-    metrics['knn'] = _accuracy(knn(bank, labels, h), y)
-    metrics['knn_labels'] = len(labels)
-    rows = torch.randperm(len(labels), generator=generator('cpu', seed, 'probe'))
-    rows = rows[:max(2, round(probe_share * len(labels)))].to(device)
-    logits, l2 = linear_probe(bank[rows], labels[rows], h)
+    known = labels >= 0
+    metrics['knn'] = _accuracy(knn(bank[known], labels[known], h), y)
+    metrics['knn_labels'] = int(known.sum())
+    a, b = _probe_rows(known, n, probe_share, seed)
+    logits, l2 = linear_probe(bank[a], labels[a], bank[b], labels[b], h)
     pred, shown['probs'] = logits.argmax(1), logits.softmax(1)
-    metrics.update(probe=_accuracy(pred, y), probe_labels=len(rows), probe_l2=l2)
+    metrics.update(probe=_accuracy(pred, y), probe_labels=len(a) + len(b), probe_l2=l2)
     return {**metrics, **_by_class(pred, y, len(ds.classes))}, shown
+
+
+def _probe_rows(known, n, share, seed):
+    """Rows drawn from the first n of the bank, and from the others, that a share of all labels makes."""
+    rows, others = known[:n].nonzero().flatten(), torch.arange(n, len(known), device=known.device)
+    count = max(2, round(share * (len(rows) + len(others))))
+    a = torch.randperm(len(rows), generator=generator('cpu', seed, 'probe'))
+    b = torch.randperm(len(others), generator=generator('cpu', seed, 'probe', 'validation'))[:count // 6]
+    a = a[:count - len(b)]
+    return rows[a.to(rows.device)], others[b.to(rows.device)]
 
 
 def _scores_test(ds):

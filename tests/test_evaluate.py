@@ -247,10 +247,11 @@ def test_linear_probe_is_the_optimum_that_scipy_finds():
     y = (x[:, 0] > 5).long() + (x[:, 2] + 0.05 * randn(96, seed=3) > 5).long()
     X, Y, T = x.double().numpy(), y.numpy(), test.double().numpy()
     hits = {l2: np.sum(logistic_by_scipy(X[:80], Y[:80], 3, l2)(X[80:]).argmax(1) == Y[80:]) for l2 in l2s}
-    logits, l2 = evaluate.linear_probe(x, y, test, l2s)                   # a sixth chooses, all are fitted
+    logits, l2 = evaluate.linear_probe(x[:80], y[:80], x[80:], y[80:], test, l2s)     # all are fitted
     assert hits[l2] == max(hits.values()) > min(hits.values())
     assert close(logits.log_softmax(1), logistic_by_scipy(X, Y, 3, l2)(T), 5e-3)
-    assert evaluate.linear_probe(x[:2], y[:2], test)[0].isfinite().all()  # two labels are enough
+    alone, l2 = evaluate.linear_probe(x[:2], y[:2], x[:0], y[:0], test)   # two labels, none to choose with
+    assert l2 == 0.01 and alone.isfinite().all()
 
 
 def test_active_units_are_those_whose_variance_passes_the_threshold():
@@ -264,7 +265,11 @@ def measure(contents, encode=lambda x: x.flatten(1)):
 
 def test_measure_scores_separable_classes_1_and_shuffled_labels_by_chance():
     good = arrays(200, 90)
-    sure = measure(good)
+    with mock.patch.object(evaluate, 'linear_probe', wraps=evaluate.linear_probe) as probe, \
+            mock.patch.object(evaluate, 'kmeans', wraps=evaluate.kmeans) as kmeans:
+        sure = measure(good)
+    assert [len(y) for y in probe.call_args.args[1:4:2]] == [84, 16]      # of training, of validation images
+    assert len(kmeans.call_args.args[0]) == 180
     assert sure['knn'] == sure['probe'] == sure['kmeans_acc'] == sure['kmeans_purity'] == sure['mean_f1'] == 1
     assert close([sure['kmeans_nmi'], sure['kmeans_ari']], [1, 1]) and sure['f1'] == [1, 1, 1]
     assert (sure['split'], sure['n'], sure['knn_labels'], sure['probe_labels']) == ('test', 90, 200, 100)

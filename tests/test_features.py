@@ -147,7 +147,7 @@ def test_long_work_tells_a_terminal_how_far_it_is_and_leaves_nothing_behind():
     pixels = torch.zeros(60, 1, 8, 8, dtype=torch.uint8)
     work = {'images': lambda: features.in_chunks(lambda v: v, pixels, size=5),
             'k-means': lambda: evaluate.kmeans(x, 3), 't-SNE': lambda: features.tsne(x, 5, 20),
-            'linear probe': lambda: evaluate.linear_probe(x, y, x, (1, 2, 3)),
+            'linear probe': lambda: evaluate.linear_probe(x, y, x, y, x, (1, 2, 3)),
             'nearest neighbours': lambda: features.knn(x, y, x)}
 
     def shown(name, terminal):
