@@ -268,7 +268,6 @@ def soak(minutes):
             failures += [failure] if failure else []
             shutil.rmtree(cwd / 'runs/r', ignore_errors=True)
     print('\n\n'.join(failures[:20]))
-    n = sum(map(len, stories))
-    print(f'{n:,} faults in {len(stories):,} runs of {len(twins)} kinds, each resumed to '
-          f'its end: {len(failures)} differ or failed')
+    print(f'{sum(map(len, stories)):,} faults in {len(stories):,} runs of {len(twins)} kinds, each resumed '
+          f'to its end: {len(failures)} differ or failed')
     return 1 if failures else 0

@@ -85,12 +85,19 @@ def folder():
         yield Path(name)
 
 
+@contextlib.contextmanager
+def place(**contents):
+    """A new folder with these arrays, or `arrays()`, as tiny.npz."""
+    with folder() as cwd:
+        write_npz(cwd / 'tiny.npz', **contents)
+        yield cwd
+
+
 @functools.cache
 def home():
-    """A folder that lives as long as this process, with tiny.npz in it."""
-    home.keep = tempfile.TemporaryDirectory(dir=IN_MEMORY)
-    write_npz(Path(home.keep.name) / 'tiny.npz')
-    return Path(home.keep.name)
+    """A place that lives as long as this process."""
+    home.keep = place()
+    return home.keep.__enter__()
 
 
 def images(n, H=10, W=12, C=1, K=3, seed=0):
@@ -134,6 +141,13 @@ def run(*words, cwd=None):
     return code, out.getvalue(), err.getvalue()
 
 
+def ok(*words, cwd=None):
+    """What ssl.py with these words prints; it has to end well and say nothing on stderr."""
+    code, out, err = run(*words, cwd=cwd)
+    assert code == 0 and not err, (words, code, err)
+    return out
+
+
 def refused(*words, cwd=None, said=()):
     """ssl.py with these words ends with exit code 2 and one line on stderr that holds each word of `said`."""
     code, _, err = run(*words, cwd=cwd)
@@ -168,8 +182,7 @@ def tiny(method, *more):
 @functools.cache
 def finished(method):
     """Folder of a finished tiny run."""
-    code, _, err = run(*tiny(method), '--overwrite')
-    assert code == 0 and not err, err
+    ok(*tiny(method), '--overwrite')
     return home() / 'runs' / method
 
 

@@ -1,5 +1,5 @@
 """README.md, docs/ and tour.ipynb: commands, flags, links and code in them are those of this repository."""
-from helpers import HERE, arrays, cli, finished, folder, home, inside, modules, python, write_npz
+from helpers import HERE, arrays, cli, finished, folder, home, inside, modules, place, python
 import base64
 import contextlib
 import io
@@ -94,8 +94,7 @@ def test_each_change_that_forking_shows_is_small_applies_and_works():
     shown = re.findall(r'```diff\n(.*?)```.*?^ +python ssl\.py (.*?)\n', text, re.S | re.M)
     small = ['--epochs', 1, '--batch-size', 60, '--no-amp']
     assert len(shown) >= 3
-    with folder() as cwd, contextlib.ExitStack() as stack:
-        write_npz(cwd / 'tiny.npz')
+    with place() as cwd, contextlib.ExitStack() as stack:
         (cwd / 'data/kmnist').mkdir(parents=True)
         for key, name in data.IDX_NAMES.items():
             data.write_idx(cwd / 'data/kmnist' / name, arrays(K=10)[key].astype(np.uint8))

@@ -1,6 +1,6 @@
 """Run folders: checkpoints, logs, what may change on resume, what is kept, how a finished run is opened."""
-from helpers import (arrays, close, finished, flat, folder, full_disk, home, images, inside, measured, posix,
-                     raises, randn, refused, run, tiny, weights, write_npz)
+from helpers import (arrays, close, finished, flat, folder, full_disk, home, images, inside, measured, ok,
+                     place, posix, raises, randn, refused, run, tiny, weights, write_npz)
 import contextlib
 import errno
 import io
@@ -102,14 +102,12 @@ def test_json_and_logs_are_read_as_far_as_they_are_whole_and_damage_is_one_sente
     rows = [{'epoch': 1, 'loss': 0.5}, {'epoch': 2, 'loss': None}]
     whole = ''.join(json.dumps(row) + '\n' for row in rows)
     with folder() as f:
-        runs.write_json(f / 'x.json', {'a': [math.nan, 1.5, -math.inf]})
-        assert json.loads((f / 'x.json').read_text()) == {'a': [None, 1.5, None]}
-        for content in b'', b'{"a": 1', b'[1]', b'\xff\xfe', b'[' * 100_000, b'{"a": ' + b'9' * 5000 + b'}':
+        for content in b'', b'{"a": 1', b'[1]', b'\xff\xfe', b'[' * 100_000:
             (f / 'x.json').write_bytes(content)
             with raises(ValueError, 'x.json'):
                 runs.read_json(f / 'x.json')
         saved = runs.Run(f / 'run', CONFIG)
-        for tail in '', '{"epoch": 3, "lo', '\0\0', '5\n', '{"loss": 1}\n', '{"epoch": "3"}\n', '[' * 10 ** 5:
+        for tail in '', '{"epoch": 3, "lo', '\0\0', '5\n', '{"loss": 1}\n', '[' * 10 ** 5:
             (f / 'run/log.jsonl').write_text(whole + tail)
             assert runs.read_log(f / 'run') == rows, tail[:20]
         saved.trim_log(1)
@@ -130,13 +128,11 @@ def test_an_existing_run_is_not_overwritten_silently():
         return {p.name: p.read_bytes() for p in finished('ae').iterdir() if p.name != 'config.json'}
     before = files()
     refused(*tiny('ae'), said=['--resume', '--overwrite'])
-    code, out, _ = run(*tiny('ae'), '--resume')
-    assert code == 0 and 'already finished' in out and files() == before
+    assert 'already finished' in ok(*tiny('ae'), '--resume') and files() == before
 
 
 def test_what_may_not_change_on_resume_is_named():
-    with folder() as cwd:
-        write_npz(cwd / 'tiny.npz')
+    with place() as cwd:
         shutil.copytree(finished('vae'), cwd / 'runs/vae')
         (cwd / 'runs/vae/metrics.json').unlink()
         before = weights(cwd / 'runs/vae')
@@ -158,8 +154,7 @@ def test_the_same_data_may_lie_elsewhere_for_every_command():
         resume = ['--method', 'vae', '--name', 'vae', '--resume']
         for command in resume, ['--evaluate', 'runs/vae'], ['--export', 'runs/vae', 'e.npz']:
             refused(*command, cwd=cwd, said=['tiny.npz'])
-            code, _, err = run(*command, '--data', cwd / 'moved.npz', cwd=cwd)
-            assert code == 0 and not err, err
+            ok(*command, '--data', cwd / 'moved.npz', cwd=cwd)
             (cwd / 'moved.npz').rename(cwd / 'tiny.npz')      # where the next command has to look again
             config = runs.read_json(cwd / 'runs/vae/config.json')
             config['args']['data'] = 'gone/tiny.npz'
@@ -169,13 +164,12 @@ def test_the_same_data_may_lie_elsewhere_for_every_command():
 
 
 def test_a_run_folder_with_foreign_content_is_one_sentence_and_hides_no_other():
-    with folder() as cwd:
-        write_npz(cwd / 'tiny.npz')
+    with place() as cwd:
         there = cwd / 'runs/ae'
         for name in 'ae', 'good':
             shutil.copytree(finished('ae'), cwd / 'runs' / name)
-        for file, content in (('metrics.json', '[]'), ('metrics.json', '{"se'), ('config.json', '{}'),
-                              ('config.json', '{"args": 5, "data": []}'), ('config.json', '{"arg')):
+        torn = ('metrics.json', '{"se'), ('config.json', '{"args": 5}'), ('config.json', '{"arg')
+        for file, content in torn:
             kept = (there / file).read_text()
             (there / file).write_text(content)
             for command in '--compare', '--list':
@@ -192,14 +186,6 @@ def test_a_run_folder_with_foreign_content_is_one_sentence_and_hides_no_other():
         refused('--evaluate', 'runs/ae', cwd=cwd, said=['runs/ae'])
         (there / 'metrics.json').unlink()
         refused(*tiny('ae'), '--resume', cwd=cwd, said=['runs/ae'])
-
-
-def test_a_folder_without_locks_can_be_used():
-    posix()
-    no_locks = OSError(errno.ENOSYS, 'no locks here')
-    with folder() as cwd, mock.patch.object(runs.fcntl, 'flock', side_effect=no_locks):
-        write_npz(cwd / 'tiny.npz')
-        assert run(*tiny('pixels'), cwd=cwd)[0] == 0 and not runs.locked(cwd / 'runs/pixels')
 
 
 def test_a_finished_run_opens_from_any_folder_and_gives_features_and_classes():
@@ -226,8 +212,7 @@ def test_a_finished_run_opens_from_any_folder_and_gives_features_and_classes():
 
 def test_labels_that_a_person_gave_are_kept_whatever_overwrites_the_run():
     y = arrays()['y_train']
-    with folder() as cwd:
-        write_npz(cwd / 'tiny.npz')
+    with place() as cwd:
         there, kept = cwd / 'runs/query', []
         there.mkdir(parents=True)
         answers = there / 'mine.csv'                          # a user's own file, whatever its place
@@ -237,10 +222,10 @@ def test_labels_that_a_person_gave_are_kept_whatever_overwrites_the_run():
         def put_aside():
             return sorted(path.read_bytes() for path in there.glob('labels.*.sqlite'))
         for seed in range(3):
-            assert run(*flags, '--seed', seed, cwd=cwd)[0] == 0 and answers.exists()
-            assert put_aside() == sorted(kept), seed
+            ok(*flags, '--seed', seed, cwd=cwd)
+            assert put_aside() == sorted(kept) and answers.exists(), seed
             kept.append((there / 'labels.sqlite').read_bytes())
-        assert run(*tiny('ae'), '--name', 'query', '--overwrite', cwd=cwd)[0] == 0
+        ok(*tiny('ae'), '--name', 'query', '--overwrite', cwd=cwd)
         assert put_aside() == sorted(kept) and answers.exists() and not (there / 'labels.sqlite').exists()
         everything = {p.name: p.read_bytes() for p in there.iterdir()}
         for words in ['query', '--budget', 1000], ['classify', '--labels', 1000], ['scan', '--clusters', 999]:

@@ -1,5 +1,6 @@
 """The command line: import ssl stays the standard library's, flags, their defaults, wrong words."""
-from helpers import HERE, TRAINED, cli, finished, flat, folder, images, python, refused, run, tiny, write_npz
+from helpers import (HERE, TRAINED, cli, finished, flat, folder, images, ok, python, refused, tiny,
+                     write_npz)
 import contextlib
 import dataclasses
 import importlib.util
@@ -112,8 +113,8 @@ WRONG = {                                                     # words: what the 
     '--method ae --data .': 'no image', '--method ae --lr 0': '--lr',
     '--method scan --clusters 1': '--clusters',
     '--evaluate runs/none': 'runs/none', '--compare none': 'none', '--evaluate=': 'path',
-    '--compare --lr 1': '--lr', '--list --seed 1': '--seed',
-    '--method ae --show-views v.png': 'simclr', '--method classify --pick informative': 'informative',
+    '--compare --lr 1': '--lr', '--list --seed 1': '--seed', '--method ae --show-views v.png': 'simclr',
+    '--method classify --pick informative': 'informative',
     '--method ae --device gpu': '--device', '--method ae --device cuda:99': '--device',
     '--method ae --name=': '--name', '--method ae --name ..': '--name', '--method ae --name a/b': '--name',
     '--method pixels --lr 1': 'it is for'}
@@ -125,15 +126,16 @@ def test_a_wrong_word_is_one_line_and_starts_nothing():
             refused(*words.split(), cwd=cwd, said=[said])
         assert not list(cwd.iterdir())
     with mock.patch.dict(os.environ, WORLD_SIZE=''):          # which some launchers leave behind
-        assert run(*tiny('pixels'), '--name', 'alone')[0] == 0
+        ok(*tiny('pixels'), '--name', 'alone')
 
 
 def test_a_flag_that_does_not_belong_to_the_method_is_refused():
-    for dest, action in flags().items():
-        values = [own[dest] for own in cli().DEFAULTS.values() if own.get(dest) is not None]
-        value = [] if action.nargs == 0 else [values[0] if values else 1]
-        for method in set(cli().DEFAULTS) - set(takers(dest)):
-            refused('--method', method, action.option_strings[0], *value, said=['it is for'])
+    with folder() as cwd:
+        for dest, action in flags().items():
+            values = [own[dest] for own in cli().DEFAULTS.values() if own.get(dest) is not None]
+            value = [] if action.nargs == 0 else [values[0] if values else 1]
+            for method in set(cli().DEFAULTS) - set(takers(dest)):
+                refused('--method', method, action.option_strings[0], *value, cwd=cwd, said=['it is for'])
 
 
 OTHER = {                                                     # values that change what is trained
@@ -158,8 +160,7 @@ def trained(method, cwd, **changed):
     small = {'epochs': 3 if method == 'classify' else 1, 'decay_epochs': 0, 'batch_size': 14}
     taken = {key: value for key, value in small.items() if method in takers(key)}
     words = [commands_flag(key, value) for key, value in {**taken, **changed}.items()]
-    code, _, err = run(*tiny(method), '--data', 'small.npz', '--overwrite', *sum(words, []), cwd=cwd)
-    assert code == 0, err
+    ok(*tiny(method), '--data', 'small.npz', '--overwrite', *sum(words, []), cwd=cwd)
     state = torch.load(cwd / 'runs' / method / 'checkpoint.pt', weights_only=True)
     return dict(flat(state['model']))
 

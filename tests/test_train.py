@@ -1,6 +1,6 @@
 """The optimizer and the loop: schedules, signals, and runs that are stopped in every way and resumed."""
-from helpers import (HERE, TRAINED, Killed, assert_same_run, close, finished, folder, full_disk, images,
-                     logged, posix, python, raises, refused, run, stopping, tiny, write_npz)
+from helpers import (HERE, Killed, TRAINED, assert_same_run, close, finished, full_disk, images, logged, ok,
+                     place, posix, python, raises, refused, run, stopping, tiny)
 import contextlib
 import itertools
 import math
@@ -18,12 +18,10 @@ import train
 
 
 def test_the_learning_rate_warms_up_to_its_peak_and_comes_down_to_zero_step_by_step():
-    curve = [train.lr_scale(s, 100, 10, math.inf) for s in range(100)]
-    wanted = [(s + 1) / 10 if s < 10 else (1 + math.cos(math.pi * (s - 10) / 90)) / 2 for s in range(100)]
-    assert close(curve, wanted)
-    late = [train.lr_scale(s, 100, 10, 20) for s in range(100)]
-    assert late[10:81] == [1] * 71
-    assert close(late[80:], [(1 + math.cos(math.pi * s / 20)) / 2 for s in range(20)])
+    curve = [train.lr_scale(s, 100, 10, 20) for s in range(100)]
+    falling = [(1 + math.cos(math.pi * s / 20)) / 2 for s in range(20)]
+    assert close(curve, [(s + 1) / 10 for s in range(10)] + [1] * 70 + falling)
+    assert train.lr_scale(55, 100, 10, math.inf) == train.lr_scale(55, 100, 10, 90) == 0.5
     for steps, warmup, decay in itertools.product((1, 3, 10), (0, 0.5, 3.5, 50), (0, 2, math.inf)):
         assert all(0 < train.lr_scale(s, steps, warmup, decay) <= 1 for s in range(steps))
     rates = [row['lr'] for row in logged(finished('conv'))]   # at the ends of two epochs of three steps
@@ -81,26 +79,23 @@ def test_validation_leaves_the_model_as_it_is_and_weighs_images_equally():
     assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
     v = x.float() / 255
     assert close(row['val_loss'], ((model(v) - v) ** 2).mean())
-    assert close(row['std'], model.encode(v).std(0, unbiased=False).mean()) and not row['collapsed']
+    assert not row['collapsed']
     model.encode = lambda x: torch.full((len(x), 4), 7.0) + 1e-3 * x[:, 0, 0, :4]
     row = train.validate(model, lambda *_: (torch.tensor(1.0), {}), x, 10, 0, False)
     assert 'collapsed' in train.describe({'epoch': 1, 'loss': 0.1, 'images_per_s': 1, **row}, 2)
 
 
 def test_the_same_seed_twice_is_bit_identical_also_if_images_are_read_batch_by_batch():
-    with folder() as cwd, mock.patch.object(data, 'MAX_RESIDENT_BYTES', 0):
-        write_npz(cwd / 'tiny.npz')
+    with place() as cwd, mock.patch.object(data, 'MAX_RESIDENT_BYTES', 0):
         for method in TRAINED:
-            code, _, err = run(*tiny(method), cwd=cwd)
-            assert code == 0 and not err, err
+            ok(*tiny(method), cwd=cwd)
             assert_same_run(cwd / 'runs' / method, finished(method))
 
 
 def test_a_run_stopped_at_every_single_step_ends_as_if_left_alone():
     posix()
     for how, starts in (signal.SIGTERM, 7), (signal.SIGINT, 7), (Killed, 6):
-        with folder() as cwd:
-            write_npz(cwd / 'tiny.npz')
+        with place() as cwd:
             for method in TRAINED if how is not signal.SIGINT else ['ae']:
                 for start in range(1, starts + 1):
                     code, out = None, ''
@@ -110,26 +105,6 @@ def test_a_run_stopped_at_every_single_step_ends_as_if_left_alone():
                     assert code == wanted, (method, how, start, code)
                     assert code != 130 or '--resume' in out
                 assert_same_run(cwd / 'runs' / method, finished(method))
-
-
-def test_a_run_resumes_after_a_damaged_checkpoint_a_torn_log_and_a_full_disk():
-    posix()
-    with folder() as cwd:
-        write_npz(cwd / 'tiny.npz')
-        there = cwd / 'runs/conv'
-        for _ in range(4):
-            with stopping(signal.SIGTERM):
-                assert run(*tiny('conv'), '--resume', cwd=cwd)[0] == 130
-        blob = (there / 'checkpoint.pt').read_bytes()
-        (there / 'checkpoint.pt').write_bytes(blob[:-2000])
-        with open(there / 'log.jsonl', 'a') as log:
-            log.write('{"epoch": 2, "lo')
-        with full_disk(len(blob) // 2), mock.patch.object(train, 'SAVE_EVERY', 0):
-            code, _, err = run(*tiny('conv'), '--resume', cwd=cwd)
-        assert code == 2 and err.count('\n') == 2, err        # the fallback, then the disk
-        code, _, err = run(*tiny('conv'), '--resume', cwd=cwd)
-        assert code == 0 and 'checkpoint.pt' in err and err.count('\n') == 1
-        assert_same_run(there, finished('conv'))
 
 
 SLOWLY = f'''
@@ -150,8 +125,7 @@ def test_real_processes_killed_or_stopped_are_resumed_and_guarded_while_alive():
     posix()
     ends = {'simclr': signal.SIGKILL, 'vae': signal.SIGTERM, 'ae': signal.SIGINT}
     wanted = {method: finished(method) for method in ends}
-    with folder() as cwd:
-        write_npz(cwd / 'tiny.npz')
+    with place() as cwd:
         processes = {method: python('-c', SLOWLY, *tiny(method), cwd=cwd) for method in ends}
         alive = set(ends)
         while alive:
@@ -167,7 +141,7 @@ def test_real_processes_killed_or_stopped_are_resumed_and_guarded_while_alive():
             assert process.returncode == code and not err, (method, process.returncode, err)
             assert code < 0 or '--resume to continue' in out
             assert not (cwd / 'runs' / method / 'metrics.json').exists()
-            assert run(*tiny(method), '--resume', cwd=cwd)[0] == 0
+            ok(*tiny(method), '--resume', cwd=cwd)
             assert_same_run(cwd / 'runs' / method, wanted[method])
 
 
@@ -178,14 +152,15 @@ def test_every_method_can_do_with_deterministic_algorithms_alone_and_resumes_wit
     def spy(*given):
         seen.append(torch.are_deterministic_algorithms_enabled())
         return update(*given)
-    with folder() as cwd, mock.patch.object(train.Trainer, '_update', spy):
-        write_npz(cwd / 'tiny.npz')
+    with place() as cwd, mock.patch.object(train.Trainer, '_update', spy):
         for method in TRAINED:
             with stopping(signal.SIGTERM):
                 assert run(*tiny(method), '--deterministic', cwd=cwd)[0] == 130
-            assert run(*tiny(method, '--resume'), cwd=cwd)[0] == 0          # it is kept
+            ok(*tiny(method, '--resume'), cwd=cwd)            # it is kept
             assert_same_run(cwd / 'runs' / method, finished(method))
-        assert all(seen) and run(*tiny('ae'), '--overwrite', cwd=cwd)[0] == 0 and not seen[-1]
+        assert all(seen)
+        ok(*tiny('ae'), '--overwrite', cwd=cwd)
+        assert not seen[-1]
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_the_last_good_checkpoint_stays():
@@ -194,14 +169,13 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_the_last_good_check
     def exploding(trainer, *given):
         loss = backward(trainer, *given)
         return loss * math.nan if (trainer.epoch, trainer.step) == (2, 0) else loss
-    with folder() as cwd:
-        write_npz(cwd / 'tiny.npz')
+    with place() as cwd:
         for method in TRAINED:
             with mock.patch.object(train.Trainer, '_backward', exploding), \
                     mock.patch.object(train, 'SAVE_EVERY', 0):
                 said = ['the loss is not finite at epoch 2, step 1', 'lower --lr']
                 refused(*tiny(method), cwd=cwd, said=said)
-            assert run(*tiny(method), '--resume', cwd=cwd)[0] == 0
+            ok(*tiny(method), '--resume', cwd=cwd)
             assert_same_run(cwd / 'runs' / method, finished(method))
             run(*tiny(method), '--overwrite', '--lr', 1e9, cwd=cwd)
             for path in (cwd / 'runs' / method).glob('checkpoint.pt'):
@@ -212,8 +186,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_the_last_good_check
 def test_too_little_memory_is_one_sentence_of_advice():
     allocator = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000"
     lacks = torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB'), RuntimeError(allocator), MemoryError()
-    with folder() as cwd:
-        write_npz(cwd / 'tiny.npz')
+    with place() as cwd:
         for e in lacks:
             with mock.patch.object(train.Trainer, '_update', side_effect=e):
                 said = ['out of memory', '--batch-size']
@@ -225,8 +198,7 @@ def test_too_little_memory_is_one_sentence_of_advice():
 
 def test_a_folder_that_can_not_be_written_and_a_full_disk_are_one_sentence():
     posix()
-    with folder() as cwd:
-        write_npz(cwd / 'tiny.npz')
+    with place() as cwd:
         for path in cwd, cwd / 'tiny.npz', cwd.parent:
             os.chmod(path, path.stat().st_mode | 0o055)
         os.chmod(cwd, 0o555)
@@ -238,10 +210,10 @@ def test_a_folder_that_can_not_be_written_and_a_full_disk_are_one_sentence():
         finally:
             os.seteuid(was)
             os.chmod(cwd, 0o755)
-        for method, size in itertools.product((*TRAINED, 'scan'), (0, 300, 3000)):    # bytes of a file
+        for method, size in itertools.product((*TRAINED, 'scan'), (300, 3000)):       # bytes of a file
             with full_disk(size):
                 said = [f'{method}{size}'] + ['make room'] * (method == 'ae')
                 refused(*tiny(method, '--name', f'{method}{size}'), cwd=cwd, said=said)
             assert not list((cwd / 'runs').glob('*/*.tmp'))
-            assert run(*tiny(method, '--name', f'{method}{size}', '--resume'), cwd=cwd)[0] == 0
+            ok(*tiny(method, '--name', f'{method}{size}', '--resume'), cwd=cwd)
             assert_same_run(cwd / 'runs' / f'{method}{size}', finished(method))
