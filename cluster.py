@@ -109,7 +109,7 @@ def scan(run, args, ds, device):
     model = runs.initial_model(run.config, device)
     if distributed.rank() == 0:
         h = runs.start_network(run.config, device).encode(ds.x_train)
-        near = neighbours_of(h, args.neighbours)
+        near = features.neighbours(centred(h), args.neighbours)
         probs = scan_heads(centred(h), near, args.clusters, HEADS, seed=args.seed)
         model.remember(h, probs)
         run.save({'model': model.state_dict()})
@@ -125,11 +125,6 @@ def centred(h):
     return F.normalize(h - h.mean(0), dim=1)
 
 
-def neighbours_of(h, k):
-    """Ids (N, k) of the nearest rows of features h (N, D)."""
-    return features.neighbours(centred(h), min(k, len(h) - 1))
-
-
 # ------------------------------------------------------------------------------------------- cluster
 
 def cluster(run, args, ds, device):
@@ -139,9 +134,9 @@ def cluster(run, args, ds, device):
     model = runs.initial_model(run.config, device)
     x = data.Images(ds.x_train, device)
     trainer = train.start(run, args, model, x)
-    network, start = runs.Network(run.config, model, device), runs.start_network(run.config, device)
-    h = start.encode(ds.x_train)
-    near = neighbours_of(h, args.neighbours)
+    start = runs.start_network(run.config, device)
+    h = centred(start.encode(ds.x_train))
+    near = features.neighbours(h, args.neighbours)
     if not trainer.kept:
         keep(trainer, first_clusters(start, h, args), 0, near, args, ds)
     objective = partial(classification, views=views_of(args), mixup=args.mixup)
@@ -152,17 +147,17 @@ def cluster(run, args, ds, device):
         if now == args.iterations:
             break
         trainer.fit(objective, x, y=pred, last=(now + 1) * args.epochs, of=args.iterations * args.epochs)
-        model.eval()
-        keep(trainer, network.predict(ds.x_train).argmax(1), now + 1, near, args, ds)
+        probs = runs.Network(run.config, model, device).predict(ds.x_train)
+        keep(trainer, probs.argmax(1), now + 1, near, args, ds)
     model.load_state_dict(distributed.from_first(load_best(run))['model'])
     return model
 
 
 def first_clusters(start, h, args):
-    """(N,) cluster ids: those of a finished scan with as many clusters, else by k-means."""
-    if start.args.method == 'scan' and start.args.clusters == args.clusters and args.encoder:
+    """(N,) cluster ids: those of a finished scan with as many clusters, else by k-means on h (N, D)."""
+    if start.args.method == 'scan' and start.args.clusters == args.clusters:
         return start.model.probs.argmax(1)
-    return evaluate.kmeans(centred(h), args.clusters, seed=args.seed)[0]
+    return evaluate.kmeans(h, args.clusters, seed=args.seed)[0]
 
 
 def keep(trainer, pred, now, near, args, ds):

@@ -70,7 +70,7 @@ def most_similar(x, bank, k):
 
 
 def neighbours(h, k):
-    """Ids (N, k) of the k nearest rows of h (N, D) by cosine, without the row itself."""
+    """Ids (N, k) of the k nearest rows of h (N, D) by cosine, without the row itself; k is N - 1 at most."""
     ids = most_similar(h, h, k + 1)[1]
     itself = ids == torch.arange(len(h), device=h.device).unsqueeze(1)  # none if k more are equal to it
     order = itself.byte().argsort(dim=1, stable=True)

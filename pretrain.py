@@ -122,7 +122,7 @@ def find_neighbours(trainer, run, ds, ids, k):
     """Keep with the state the places (N, k) of the nearest of the images `ids`, in the features of the
     network as it is now: a run that is resumed later has the same."""
     h = runs.Network(run.config, trainer.model, trainer.device).encode(ds.x_train, ids)
-    near = features.neighbours(h - h.mean(0), min(k, len(h) - 1))
+    near = features.neighbours(h - h.mean(0), k)
     trainer.kept['neighbours'] = distributed.from_first(near.cpu())
 
 

@@ -87,6 +87,8 @@ def check(args, ds):
 
 def number_of_labels(args, ds):
     """How many labels --labels stands for: a share below 1, or their number."""
+    if args.labels > 1 and args.labels % 1:
+        raise ValueError(f'--labels {args.labels:g} is neither a whole number nor a share below 1')
     return int(args.labels) if args.labels >= 1 else round(args.labels * len(ds.labelled()))
 
 

@@ -137,6 +137,14 @@ def read_config(folder):
     return config
 
 
+def read_finished(folder):
+    """config.json of a finished run; ValueError with one sentence if it is none."""
+    config = read_config(folder)
+    if not (Path(folder) / 'metrics.json').exists():
+        raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
+    return config
+
+
 def state(folder):
     """One line about a run folder: running, finished, or stopped at which epoch, or what is wrong with it."""
     folder = Path(folder)
@@ -449,9 +457,7 @@ def open_run(folder, device=None):
 
     ValueError, one sentence, if the folder holds no finished run or its files don't fit each other.
     """
-    config = read_config(folder)
-    if not (Path(folder) / 'metrics.json').exists():
-        raise ValueError(f'{folder} is not finished; continue it with its command and --resume')
+    config = read_finished(folder)
     set_deterministic(bool(config['args'].get('deterministic')))
     device = pick_device(device) if device is None or isinstance(device, str) else device
     best = Path(folder) / 'best.pt'                     # of cluster; the others have only the last
@@ -469,9 +475,7 @@ def open_run(folder, device=None):
 
 def encoder_config(folder, shape):
     """The part of a finished run's config.json that says what its encoder is; ValueError if it has none."""
-    config = read_config(folder)
-    if not (Path(folder) / 'metrics.json').exists():
-        raise ValueError(f'--encoder {folder} is not finished; continue it with its command and --resume')
+    config = read_finished(folder)
     if tuple(config['data']['shape']) != tuple(shape):
         raise ValueError(f'--encoder {folder} was trained on images {tuple(config["data"]["shape"])}, '
                          f'and the data has {tuple(shape)}')
