@@ -48,6 +48,8 @@ def naming(path):
         yield
     except Exception as e:
         text = str(e) if isinstance(e, (OSError, ValueError)) else repr(e)
+        if isinstance(e, OSError) and e.strerror:
+            text = f'{e.filename or path}: {e.strerror}'        # without its number
         text = ' '.join(text.split())
         raise ValueError(text if str(path) in text else f'{path}: {text}') from e
 
@@ -414,6 +416,8 @@ def decode_files(folder, names, size=None, channels=None):
     The shorter side is resized to S, and the centre is cut out. S is `size`, by default the median of the
     shorter sides, 96 at most; C is `channels`, by default 1 if all images are grey, else 3.
     """
+    if not names:
+        raise ValueError(f'holds no image files; wanted {", ".join(SUFFIXES)}')
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -433,7 +437,7 @@ def decode_files(folder, names, size=None, channels=None):
 
     headers, failed = in_threads(header, names)
     if not headers:
-        raise ValueError(f'holds no image that can be read {failed[:1]}; wanted {", ".join(SUFFIXES)}')
+        raise ValueError(f'holds no image that can be read: {failed[0]}')
     sides, are_grey = zip(*headers.values())
     side = size or min(96, int(statistics.median(sides)))
     C = channels or (1 if all(are_grey) else 3)

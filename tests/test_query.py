@@ -126,7 +126,8 @@ def test_a_classifier_starts_from_any_encoder_and_a_frozen_one_keeps_every_bit()
 
 
 REFUSED = {                                                   # method and flags: what the answer says
-    'classify --labels 121': '121', 'classify --labels 2': 'classes', 'classify --labels 20.5': 'whole number',
+    'classify --labels 121': '121', 'classify --labels 2': 'classes',
+    'classify --labels 20.5': 'whole number',
     'classify --encoder runs/none': 'runs/none', 'classify --encoder PCA': 'no encoder',
     'classify --encoder SIMCLR --data other.npz': '(1, 8, 12)', 'classify --encoder SIMCLR --net fc': '--net',
     'query --encoder SIMCLR --data other.npz': '(1, 8, 12)', 'classify --data bare.npz': 'y_train',
