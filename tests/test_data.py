@@ -414,7 +414,7 @@ def test_files_that_can_not_be_read_are_named_left_out_and_counted():
             with raises(ValueError, f, 'holds no image that can be read', 'exceeds limit'):
                 data.read_images(f, 9)
     with folder() as f:
-        with raises(ValueError, f, 'holds no image that can be read'):
+        with raises(ValueError, f, 'holds no image files'):
             data.load(f)
         write_npz(f / 'a.npz', x_train=images(20)[0])
         with raises(ValueError, '--size'):
