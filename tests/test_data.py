@@ -419,6 +419,7 @@ def test_files_that_can_not_be_read_are_named_left_out_and_counted():
         write_npz(f / 'a.npz', x_train=images(20)[0])
         with raises(ValueError, '--size'):
             data.load(f / 'a.npz', size=32)
+        (f / 'a.png').touch()
         with modules(PIL=None), raises(ValueError, 'pip install pillow'):
             data.load(f)
 
