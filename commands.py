@@ -56,7 +56,7 @@ def run_command(args, typed, defaults):
         compare(args.compare)
     elif args.list:
         folders = sorted(path.parent for path in Path('runs').glob('*/config.json'))
-        report.say('\n'.join(f'{f}: {runs.state(f)}' for f in folders) or 'runs/ holds no run yet')
+        print('\n'.join(f'{f}: {runs.state(f)}' for f in folders) or 'runs/ holds no run yet')
     elif args.evaluate:
         evaluate(args)
     elif args.export:
@@ -317,7 +317,7 @@ def compare(folders):
     folders = folders or sorted(path.parent for path in Path('runs').glob('*/metrics.json'))
     if not folders:
         return print('runs/ holds no finished run yet')
-    report.say(report.table(report.compare(folders)))
+    print(report.table(report.compare(folders)))
     Path('runs').mkdir(exist_ok=True)
     report.write_comparison(Path('runs/report.html'), folders)
     print('-> runs/report.html')

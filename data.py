@@ -301,14 +301,6 @@ def idx_file(folder, name):
     return next((path for path in paths if path.is_file()), None)
 
 
-def write_idx(path, array):
-    """Write an array of uint8 as an IDX file, gzipped if the name ends in .gz."""
-    body = array.astype(np.uint8, casting='safe').tobytes()
-    shape = np.array(array.shape, '>u4').tobytes()
-    with opener(path)(path, 'wb') as f:
-        f.write(IDX_MAGIC + bytes([array.ndim]) + shape + body)
-
-
 def read_stl10(folder):
     """STL-10: 96 x 96 in colour, channel after channel, each column by column; labels from 1.
 

@@ -10,7 +10,6 @@ import re
 import shutil
 import statistics
 import struct
-import sys
 import time
 import zlib
 from collections import Counter
@@ -61,14 +60,7 @@ def sheet(*rows, gap=2, zoom=2):
     return out[0] if C == 1 else out.transpose(1, 2, 0)
 
 
-# 3 x 5 dots; each row is an octal number
 # ------------------------------------------------------------------------------------------ as text
-
-def say(text):
-    """Print lines of text; what stdout can't encode becomes a question mark."""
-    encoding = sys.stdout.encoding or 'utf-8'
-    print(text.encode(encoding, 'replace').decode(encoding), flush=True)
-
 
 # key in metrics.json, name, format in a report and in a table of runs ('': not there), convention
 MEASURES = [
@@ -197,7 +189,7 @@ def compare(folders):
     """
     found, errors = read_runs(folders)
     for error in errors:
-        say(f'left out: {error}')
+        print(f'left out: {error}')
     return rows_of(found)
 
 
@@ -408,9 +400,9 @@ def finish(run, ds, metrics, shown, began):
     if args['tensorboard']:
         write_tensorboard(run.folder, metrics, shown, ds.classes, args['seed'])
     run.write_metrics(metrics)
-    say(f'{describe(metrics)}\n-> {run.folder}/report.html')
+    print(f'{describe(metrics)}\n-> {run.folder}/report.html')
     if args['tensorboard']:
-        say(f'-> {run.folder}/tensorboard, which tensorboard --logdir {run.folder} shows')
+        print(f'-> {run.folder}/tensorboard, which tensorboard --logdir {run.folder} shows')
 
 
 def tensorboard_writer():

@@ -1,6 +1,6 @@
 """Damage on purpose: `fuzz` reads damaged files of every format, `soak` breaks and resumes runs."""
 from helpers import (TRAINED, arrays, cli, drawn, finished, flat, folder, home, images, logged, measured, run,
-                     tiny, write_npz)
+                     tiny, write_idx, write_npz)
 import contextlib
 import io
 import json
@@ -87,7 +87,7 @@ def formats(f, rng):
     """(file as it should be, function that reads it) of all that comes from outside."""
     small = arrays(20, 4, H=8, W=8)
     for name in 'idx', 'idx.gz':
-        data.write_idx(f / name, small['x_train'])
+        write_idx(f / name, small['x_train'])
         yield f / name, data.read_idx
     np.savez(f / 'plain.npz', **small)
     np.savez_compressed(f / 'packed.npz', **small)

@@ -2,6 +2,7 @@
 import contextlib
 import functools
 import gc
+import gzip
 import importlib.util
 import io
 import os
@@ -46,6 +47,13 @@ def raises(kind, *words):
         assert '\n' not in str(e) and all(str(w) in str(e) for w in words), f'{e!r} lacks one of {words}'
     else:
         raise AssertionError(f'no {kind.__name__}')
+
+
+def write_idx(path, array):
+    """Write an array of uint8 as an IDX file, gzipped if the name ends in .gz."""
+    header = b'\0\0\x08' + bytes([array.ndim]) + np.array(array.shape, '>u4').tobytes()
+    blob = header + array.astype(np.uint8, casting='safe').tobytes()
+    Path(path).write_bytes(gzip.compress(blob) if str(path).endswith('.gz') else blob)
 
 
 def rand(*shape, seed=0):

@@ -1,6 +1,6 @@
 """What can be done with runs: searches, tables, exports, predictions; and what is printed where."""
 from helpers import (HERE, close, finished, folder, home, images, logged, ok, place, posix, python, refused,
-                     run, tiny, weights, write_npz)
+                     run, tiny, weights, write_idx, write_npz)
 import csv
 import io
 import math
@@ -113,7 +113,7 @@ def test_export_holds_the_features_of_all_images_with_what_labels_are_known():
 def test_predictions_are_those_of_the_model_for_npz_and_idx_files():
     x = images(30, seed=9)[0]
     with folder() as f:
-        data.write_idx(f / 'x.idx', x)
+        write_idx(f / 'x.idx', x)
         np.savez(f / 'x.npz', x=x, x_train=x[:0])
         for method in 'classify', 'query', 'scan', 'cluster':
             p, outputs = runs.open_run(finished(method)).predict(x), set()

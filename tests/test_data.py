@@ -11,7 +11,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from helpers import arrays, folder, images, inside, modules, raises, write_npz
+from helpers import arrays, folder, images, inside, modules, raises, write_idx, write_npz
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ def idx(shape, values):
 
 # -------------------------------------------------------------------------------------------- array files
 
-def test_idx_of_every_shape_is_read_and_written_byte_for_byte():
+def test_idx_of_every_shape_is_read():
     with folder() as f:
         for shape in (), (5,), (0,), (2, 3), (0, 4), (2, 2, 1, 3):
             values = range(250, 250 - math.prod(shape), -1)
@@ -47,11 +47,6 @@ def test_idx_of_every_shape_is_read_and_written_byte_for_byte():
                 array = data.read_idx(f / name)
                 assert array.dtype == np.uint8 and array.shape == shape and array.flags.writeable
                 assert array.ravel().tolist() == list(values)
-                data.write_idx(f / name, array)
-                with opened(f / name, 'rb') as file:
-                    assert file.read() == idx(shape, values)
-        with raises(TypeError, 'float64'):
-            data.write_idx(f / 'wrong', np.zeros(2))
 
 
 def test_read_idx_names_the_file_and_what_is_wrong_with_it():
@@ -169,7 +164,7 @@ def test_idx_folders_and_npz_are_the_same_images_channels_first():
             write_npz(f / 'a.npz', **kept)
             for key, array in kept.items():
                 name = data.IDX_NAMES[key] + '.gz' * key.endswith('test')
-                data.write_idx(f / name, array.astype(np.uint8))
+                write_idx(f / name, array.astype(np.uint8))
             a, b, first = data.load(f / 'a.npz'), data.load(f), data.load(f, limit=21)
             write_npz(f / 'a.npz', x_train=kept['x_train'])
             bare = data.load(f / 'a.npz')
@@ -327,7 +322,7 @@ def test_a_named_data_set_is_looked_for_in_data_and_where_systems_share_them():
         for there in f / 'shared/fashion-mnist', Path('data/fashion-mnist'):
             there.mkdir(parents=True)
             for key, array in arrays(60, 20, K=10, H=28, W=28).items():
-                data.write_idx(there / f'{data.IDX_NAMES[key]}.gz', array.astype(np.uint8))
+                write_idx(there / f'{data.IDX_NAMES[key]}.gz', array.astype(np.uint8))
             with fetch:
                 assert data.find('fashion-mnist') == there
         ds = data.load()
@@ -445,7 +440,7 @@ def test_images_are_decoded_once_and_again_when_a_file_changes():
 def test_new_images_come_from_npz_or_idx():
     x = images(5)[0]
     with folder() as f, notes():
-        data.write_idx(f / 'a', x)
+        write_idx(f / 'a', x)
         for key in 'x', 'x_train', 'x_test', 'test_images':
             write_npz(f / 'a.npz', **{key: x, 'y_train': np.zeros(3)})
             for path in f / 'a', f / 'a.npz':

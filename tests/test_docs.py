@@ -1,5 +1,5 @@
 """README.md, docs/ and tour.ipynb: commands, flags, links and code in them are those of this repository."""
-from helpers import HERE, arrays, cli, finished, folder, home, inside, modules, place, python
+from helpers import HERE, arrays, cli, finished, folder, home, inside, modules, place, python, write_idx
 import base64
 import contextlib
 import io
@@ -97,7 +97,7 @@ def test_each_change_that_forking_shows_is_small_applies_and_works():
     with place() as cwd, contextlib.ExitStack() as stack:
         (cwd / 'data/kmnist').mkdir(parents=True)
         for key, name in data.IDX_NAMES.items():
-            data.write_idx(cwd / 'data/kmnist' / name, arrays(K=10)[key].astype(np.uint8))
+            write_idx(cwd / 'data/kmnist' / name, arrays(K=10)[key].astype(np.uint8))
         started = []
         for i, (diff, words) in enumerate(shown):
             assert 0 < len(re.findall(r'^(?:[+](?![+][+])|-(?!--))', diff, re.M)) < 25, diff
@@ -127,7 +127,7 @@ def test_the_tour_runs_as_plain_python_and_its_images_are_inside():
         return seen[-1]
     with folder() as cwd:
         for key, name in data.IDX_NAMES.items():
-            data.write_idx(cwd / name, arrays(200, H=14, W=14, K=10)[key].astype(np.uint8))
+            write_idx(cwd / name, arrays(200, H=14, W=14, K=10)[key].astype(np.uint8))
         with inside(cwd), mock.patch.object(data, 'find', return_value=cwd), modules(IPython_display=None), \
                 contextlib.redirect_stdout(io.StringIO()), mock.patch.object(report, 'png', spy):
             for cell in code:
