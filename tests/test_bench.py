@@ -15,7 +15,7 @@ def test_the_benchmark_counts_what_ran_and_names_what_is_missing():
     assert process.returncode == 0, err
     lines = [line for line in out.splitlines() if line.startswith('NT-Xent, B = 512')]
     assert ' ours ' in lines[0] and '%' in lines[0] and ' textbook ' in lines[-1] and lines[-1].endswith(' x')
-    assert out.count('limit, float32') == out.count('limit, bfloat16') == 4 and '100%' in out
+    assert out.count('limit, float32') == 4 and out.count('limit, bfloat16') in (0, 4) and '100%' in out
     assert any(' lightly ' in line for line in lines) or 'left out: lightly' in err
     rows = bench.measure(bench.nt_xent(SETUP, 512), SETUP, False, 3)
     assert rows[0].flops == 3 * 2 * 1024 ** 2 * 128           # similarities, and twice their gradient
