@@ -123,6 +123,7 @@ def torchvision_views(x, ids):
 
 def loader_epoch(setup, model, x):
     """An epoch of simclr as it is usually written: a DataLoader, Adam, the same network and precision."""
+    import torchvision.transforms                       # noqa: F401 - its absence is told here, not by a worker
     loader = torch.utils.data.DataLoader(range(len(x)), 512, shuffle=True, num_workers=2, drop_last=True,
                                          collate_fn=partial(torchvision_views, x))
     opt = torch.optim.Adam(model.parameters(), 1e-3)
