@@ -94,13 +94,8 @@ def knn(x_train, y_train, x_test, k=20, tau=0.07, classes=None):
 def principal(h, k=2):
     """First k principal components of a few thousand rows h (N, D), N >= k: (N, k) float32, 0 beyond D."""
     x = h.cpu().double()            # squares of any float32 stay finite
-    x = x - x.mean(0)
-    if x.shape[1] < len(x):
-        components = x @ torch.linalg.eigh(x.T @ x).eigenvectors
-    else:                           # the smaller product has the same ones
-        values, vectors = torch.linalg.eigh(x @ x.T)
-        components = vectors * values.clamp(min=0).sqrt()
-    found = components[:, -k:].flip(1)
+    u, scale, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    found = u[:, :k] * scale[:k]
     return F.pad(found, (0, k - found.shape[1])).float().to(h.device)
 
 
