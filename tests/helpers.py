@@ -14,6 +14,7 @@ import tempfile
 import unittest
 import warnings
 import zlib
+from multiprocessing.util import Finalize
 from pathlib import Path
 from unittest import mock
 
@@ -133,8 +134,9 @@ def place(**contents):
 @functools.cache
 def home():
     """Where tests are that make no place of their own; it lives as long as this process."""
-    home.keep = place()
-    return home.keep.__enter__()
+    there = place()
+    Finalize(there, there.__exit__, (None, None, None), exitpriority=1)       # where tests run in a pool too
+    return there.__enter__()
 
 
 def images(n, H=10, W=12, C=1, K=3, seed=0):
