@@ -161,7 +161,7 @@ def write_npz(path, **contents):
 
 def run(*words):
     """(exit code, stdout, stderr) of ssl.py with these words, run in this process."""
-    words = ' '.join(map(str, words)).split(' ')              # some may be given as they are typed
+    words = [word for part in words for word in str(part).split(' ')]         # some are given as typed
     out, err, code = io.StringIO(), io.StringIO(), None
     tsne = functools.partial(features.tsne, steps=8)          # they have tests of their own
     heads = functools.partial(cluster.scan_heads, steps=200)

@@ -183,7 +183,7 @@ def test_too_little_memory_is_one_sentence_of_advice():
         for e in torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB'), allocator, MemoryError():
             with mock.patch.object(train.Trainer, '_update', side_effect=e):
                 said = ['out of memory', '--batch-size']
-                refused(*tiny('simclr'), '--overwrite', said=said)
+                refused(*tiny('simclr'), '--name', type(e).__name__, said=said)
         with mock.patch.object(train.Trainer, '_update', side_effect=other), raises(RuntimeError, 'illegal'):
             run(*tiny('ae'))                                  # what is no lack of memory is not called one
 
