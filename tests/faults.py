@@ -1,6 +1,6 @@
 """Damage on purpose: `fuzz` reads damaged files of every format, `soak` breaks and resumes runs."""
-from helpers import (TRAINED, arrays, cli, drawn, finished, flat, folder, home, images, logged, measured, run,
-                     tiny, write_idx, write_npz)
+from helpers import (TRAINED, arrays, cli, differences, finished, folder, home, images, inside, place,
+                     results, run, tiny, write_idx)
 import contextlib
 import io
 import json
@@ -40,7 +40,7 @@ def damage(blob, rng):
     return bytes(blob)
 
 
-STRANGE = [None, True, -1, 0.5, 1e299, 10 ** 40, '', 'x', '\0', '../x', [], {}, [[]], [None], {'x': 1}]
+STRANGE = [None, True, -1, 1e299, 10 ** 40, '', '\0', '../x', [], {}, [None], {'x': 1}]
 
 
 def strange_json(blob, rng):
@@ -71,9 +71,10 @@ def use_run(path):
     """What reads the files of a finished run, as ssl.py does: an error is told in one line."""
     there = path.parent
     again = ['--evaluate', there, '--data', home() / 'tiny.npz']
-    for command in ['--list'], ['--compare', there], *[again] * (path.name == 'config.json'):
-        code, _, err = run(*command, cwd=there.parent.parent)
-        assert code in (0, 2) and 'Traceback' not in err and err.count('\n') <= 2, (command, err)
+    with inside(there.parent.parent):
+        for command in ['--list'], ['--compare', there], *[again] * (path.name == 'config.json'):
+            code, _, err = run(*command)
+            assert code in (0, 2) and 'Traceback' not in err and err.count('\n') <= 2, (command, err)
 
 
 def use_answers(path):
@@ -211,18 +212,13 @@ def spoil(there, fault, rng):
             f.write([b'{"epoch": 2, "lo', b'\0' * 400, b'{"epoch": 9, "loss": NaN}\n'][rng.integers(3)])
 
 
-def results(there):
-    """{name: content without times} of all that a finished run leaves and that has to be the same."""
-    found = {'log': logged(there), 'metrics': measured(there), **drawn(there)}
-    found.update({p.name: p.read_bytes() for p in there.glob('*.csv')})
-    for path in there.glob('*.pt'):
-        if path.name != 'checkpoint.previous.pt':
-            state = dict(flat(torch.load(path, map_location='cpu', weights_only=True)))
-            found[path.name] = {key: value for key, value in state.items() if key != '/seconds'}
+def all_results(there):
+    """The results of a finished run, with its labels."""
+    found = results(there)
     if (there / 'labels.sqlite').exists():
         with contextlib.closing(sqlite3.connect(there / 'labels.sqlite')) as db:
-            tables = 'queries', 'rounds'
-            found['labels'] = [db.execute(f'SELECT * FROM {name}').fetchall() for name in tables]
+            for name in 'queries', 'rounds':
+                found[name] = db.execute(f'SELECT * FROM {name}').fetchall()
     return found
 
 
@@ -242,8 +238,7 @@ def break_and_resume(kind, cwd, twin, took, rng):
     code, said, _ = launch(words, cwd)
     if code:
         return story, f'{kind}: {story}: the last --resume ended with {code}: {said[-1500:]}'
-    found = results(there)
-    differ = sorted(name for name in {*twin, *found} if twin.get(name) != found.get(name))
+    differ = differences(twin, all_results(there))
     return story, f'{kind}: {story}: {differ} are not as in its unbroken twin' if differ else None
 
 
@@ -253,15 +248,14 @@ def soak(minutes):
     seed, until = time.time_ns() % 10 ** 9, time.monotonic() + 60 * minutes
     rng, twins, stories, failures = np.random.default_rng(seed), {}, [], []
     print(f'seed {seed}', flush=True)
-    with folder() as cwd:
-        write_npz(cwd / 'tiny.npz')
-        run(*tiny('ae', '--name', 'warm'), cwd=cwd)           # what torch imports late is then in each fork
+    with place() as cwd:
+        run(*tiny('ae', '--name', 'warm'))                    # what torch imports late is then in each fork
         while time.monotonic() < until:
             kind = list(KINDS)[rng.integers(len(KINDS))]
             if kind not in twins:
                 code, said, took = launch([*KINDS[kind], '--name', 'twin'], cwd)
                 assert code == 0, said
-                twins[kind] = results(cwd / 'runs/twin'), took
+                twins[kind] = all_results(cwd / 'runs/twin'), took
                 shutil.rmtree(cwd / 'runs/twin')
             story, failure = break_and_resume(kind, cwd, *twins[kind], rng)
             stories.append(story)

@@ -1,16 +1,20 @@
 """What the tests share: small images, runs of ssl.py in this process or its own, and comparisons."""
 import contextlib
+import csv
 import functools
 import gc
 import gzip
 import importlib.util
 import io
 import os
+import struct
 import subprocess
 import sys
 import tempfile
 import unittest
 import warnings
+import zlib
+from multiprocessing.util import Finalize
 from pathlib import Path
 from unittest import mock
 
@@ -20,13 +24,30 @@ sys.path[:0] = [path for path in (str(HERE), str(HERE / 'tests')) if path not in
 import numpy as np                                            # noqa: E402
 import torch                                                  # noqa: E402
 
+import cluster                                                # noqa: E402
+import features                                               # noqa: E402
+import runs                                                   # noqa: E402
+import train                                                  # noqa: E402
+
 torch.set_num_threads(1)                                      # tensors here are tiny
 warnings.filterwarnings('ignore', 'Detected pickle protocol')             # torch's, about damaged checkpoints
 IN_MEMORY = '/dev/shm' if os.access('/dev/shm', os.W_OK) else None        # some disks are slow to open files
 
 UNLABELLED = ('ae', 'conv', 'vae', 'simclr')
 TRAINED = (*UNLABELLED, 'classify', 'query', 'cluster')       # step by step
-METHODS = (*TRAINED, 'scan', 'random', 'pixels', 'pca')
+STEPS = '--no-amp --width 0.1 --batch-size 40'
+TINY = {                                                      # flags of runs of a few steps
+    'ae': f'{STEPS} --epochs 2 --latent 4',
+    'conv': f'{STEPS} --epochs 2 --latent 4',
+    'vae': f'{STEPS} --epochs 2 --latent 4',
+    'simclr': f'{STEPS} --epochs 2',
+    'classify': '--no-amp --width 0.1 --epochs 2 --batch-size 2000 --labels 15',        # an epoch is 6,000
+    'query': f'{STEPS} --budget 15 --rounds 2 --round-epochs 1 --decay-epochs 0',
+    'cluster': f'{STEPS} --clusters 3 --neighbours 5 --iterations 2 --epochs 1 --decay-epochs 0',
+    'scan': '--no-amp --clusters 3 --neighbours 5',
+    'random': '--no-amp --width 0.1',
+    'pixels': '',
+    'pca': '--latent 4'}
 
 
 @functools.cache
@@ -49,11 +70,25 @@ def raises(kind, *words):
         raise AssertionError(f'no {kind.__name__}')
 
 
+def idx(shape, values):
+    """An IDX file by hand: magic, big-endian sizes, bytes."""
+    return struct.pack(f'>BBBB{len(shape)}I', 0, 0, 8, len(shape), *shape) + bytes(values)
+
+
 def write_idx(path, array):
-    """Write an array of uint8 as an IDX file, gzipped if the name ends in .gz."""
-    header = b'\0\0\x08' + bytes([array.ndim]) + np.array(array.shape, '>u4').tobytes()
-    blob = header + array.astype(np.uint8, casting='safe').tobytes()
-    Path(path).write_bytes(gzip.compress(blob) if str(path).endswith('.gz') else blob)
+    """Write an array of bytes as an IDX file, gzipped if the name ends in .gz."""
+    blob = idx(array.shape, array.astype(np.uint8).tobytes())
+    path.write_bytes(gzip.compress(blob) if path.suffix == '.gz' else blob)
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 def rand(*shape, seed=0):
@@ -64,15 +99,10 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def as_float64(value):
-    if isinstance(value, torch.Tensor):
-        return value.detach().double().cpu().numpy()
-    return np.asarray(value, float)
-
-
 def close(a, b, tol=1e-5):
     """Are a and b, arrays of any kind, the same to tol, absolutely and relatively?"""
-    a, b = as_float64(a), as_float64(b)
+    a, b = (v.detach().cpu() if isinstance(v, torch.Tensor) else v for v in (a, b))
+    a, b = np.asarray(a, float), np.asarray(b, float)
     return a.shape == b.shape and np.allclose(a, b, rtol=tol, atol=tol)
 
 
@@ -89,23 +119,24 @@ def inside(cwd):
 @contextlib.contextmanager
 def folder():
     """A new empty folder, in memory where that is possible; gone afterwards."""
-    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY, ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 
 @contextlib.contextmanager
 def place(**contents):
-    """A new folder with these arrays, or `arrays()`, as tiny.npz."""
-    with folder() as cwd:
+    """The block is in a new folder with these arrays, or `arrays()`, as tiny.npz."""
+    with folder() as cwd, inside(cwd):
         write_npz(cwd / 'tiny.npz', **contents)
         yield cwd
 
 
 @functools.cache
 def home():
-    """A place that lives as long as this process."""
-    home.keep = place()
-    return home.keep.__enter__()
+    """Where tests are that make no place of their own; it lives as long as this process."""
+    there = place()
+    Finalize(there, there.__exit__, (None, None, None), exitpriority=1)       # where tests run in a pool too
+    return there.__enter__()
 
 
 def images(n, H=10, W=12, C=1, K=3, seed=0):
@@ -128,84 +159,72 @@ def write_npz(path, **contents):
     np.savez(path, **(contents or arrays()))
 
 
-def run(*words, cwd=None):
-    """(exit code, stdout, stderr) of ssl.py with these words, run in this process in the folder cwd."""
-    import cluster
-    import features
+def run(*words):
+    """(exit code, stdout, stderr) of ssl.py with these words, run in this process."""
+    words = [word for part in words for word in str(part).split(' ')]         # some are given as typed
     out, err, code = io.StringIO(), io.StringIO(), None
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(inside(cwd or home()))
-        stack.enter_context(mock.patch.object(cluster, 'HEADS', 6))
-        for module, name, steps in (features, 'tsne', 8), (cluster, 'scan_heads', 200):
-            quick = functools.partial(getattr(module, name), steps=steps)      # they have tests of their own
-            stack.enter_context(mock.patch.object(module, name, quick))
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = cli().main([str(word) for word in words])
-            except SystemExit as e:
-                code = e.code
+    tsne = functools.partial(features.tsne, steps=8)          # they have tests of their own
+    heads = functools.partial(cluster.scan_heads, steps=200)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+            mock.patch('features.tsne', tsne), mock.patch('cluster.scan_heads', heads), \
+            mock.patch('cluster.HEADS', 6):
+        try:
+            code = cli().main(words)
+        except SystemExit as e:
+            code = e.code
         if (code != 0 or 'web' in words) and os.path.exists('runs'):
             gc.collect()                                      # an exception or a server may hold a lock
     return code, out.getvalue(), err.getvalue()
 
 
-def ok(*words, cwd=None):
+def ok(*words):
     """What ssl.py with these words prints; it has to end well and say nothing on stderr."""
-    code, out, err = run(*words, cwd=cwd)
+    code, out, err = run(*words)
     assert code == 0 and not err, (words, code, err)
     return out
 
 
-def refused(*words, cwd=None, said=()):
+def refused(*words, said=()):
     """ssl.py with these words ends with exit code 2 and one line on stderr that holds each word of `said`."""
-    code, _, err = run(*words, cwd=cwd)
+    code, _, err = run(*words)
     assert code == 2 and err.endswith('\n') and err.count('\n') == 1, (words, code, err)
     assert all(str(w) in err for w in said), (said, err)
 
 
 def tiny(method, *more):
     """Flags of a run of a few steps on tiny.npz, named after its method; `more` overrides."""
-    flags = ['--method', method, '--data', 'tiny.npz', '--name', method]
-    if method not in ('pixels', 'pca'):
-        flags += ['--no-amp']
-    if method not in ('pixels', 'pca', 'scan'):
-        flags += ['--width', 0.1]
-    if method in ('ae', 'conv', 'vae', 'pca'):
-        flags += ['--latent', 4]
-    if method in UNLABELLED:
-        flags += ['--epochs', 2, '--batch-size', 40]
-    if method == 'classify':                                  # an epoch is 6,000 images
-        flags += ['--epochs', 2, '--batch-size', 2000, '--labels', 15]
-    if method == 'query':                                     # two rounds of an epoch each
-        flags += ['--batch-size', 40, '--budget', 15, '--rounds', 2, '--round-epochs', 1, '--decay-epochs', 0]
-    if method in ('cluster', 'scan'):
-        flags += ['--clusters', 3, '--neighbours', 5]
-    if method == 'scan':
-        flags += ['--encoder', finished('simclr')]
-    if method == 'cluster':                                   # two iterations of an epoch each
-        flags += ['--batch-size', 40, '--iterations', 2, '--epochs', 1, '--decay-epochs', 0]
-    return [*flags, *more]
+    flags = f'--method {method} --data tiny.npz --name {method} {TINY[method]}'.split()
+    return [*flags, *(['--encoder', finished('simclr')] if method == 'scan' else []), *more]
+
+
+def without(word, flags):
+    """The flags without one and its value."""
+    at = flags.index(word)
+    return flags[:at] + flags[at + 2:]
 
 
 @functools.cache
 def finished(method):
     """Folder of a finished tiny run."""
-    ok(*tiny(method), '--overwrite')
+    with inside(home()):
+        ok(*tiny(method), '--overwrite')
     return home() / 'runs' / method
 
 
-@contextlib.contextmanager
-def modules(**stand_ins):
-    """Modules by name, '_' for '.', stand in for those of Python, None for none."""
-    stand_ins = {name.replace('_', '.'): module for name, module in stand_ins.items()}
-    before = {name: sys.modules[name] for name in stand_ins if name in sys.modules}
-    sys.modules.update(stand_ins)
+def pillow():
+    """Pillow's Image; skips the test where it is missing."""
     try:
-        yield
-    finally:
-        for name in stand_ins:
-            del sys.modules[name]
-        sys.modules.update(before)
+        import PIL.Image
+    except ImportError:
+        raise unittest.SkipTest('image files need Pillow') from None
+    return PIL.Image
+
+
+def pixels(png):
+    """Pixels of a PNG whose rows lie in one chunk, unfiltered."""
+    W, H, _, color = struct.unpack('>IIBB', png[16:26])
+    rows = np.frombuffer(zlib.decompress(png[41:-16]), np.uint8).reshape(H, -1)
+    return rows[:, 1:].reshape((H, W, 3) if color == 2 else (H, W))
 
 
 def posix():
@@ -234,21 +253,19 @@ def python(*words, cwd=HERE, stdin=None, stdout=subprocess.PIPE, **env):
 
 def logged(run_folder):
     """Rows of a run's log without times."""
-    import runs
     times = ('seconds', 'images_per_s')
     return [{k: v for k, v in row.items() if k not in times} for row in runs.read_log(run_folder)]
 
 
 def measured(run_folder):
     """A run's metrics without times."""
-    import runs
     metrics = runs.read_json(run_folder / 'metrics.json')
     return {k: v for k, v in metrics.items() if 'seconds' not in k}
 
 
-def weights(run_folder):
+def weights(run_folder, name='checkpoint.pt'):
     """{path: value} of all that a run's checkpoint holds, without the seconds it took."""
-    state = torch.load(run_folder / 'checkpoint.pt', map_location='cpu', weights_only=True)
+    state = torch.load(run_folder / name, map_location='cpu', weights_only=True)
     return {path: value for path, value in flat(state) if not path.startswith('/seconds')}
 
 
@@ -274,11 +291,29 @@ def drawn(run_folder):
     return {p.name: p.read_bytes() for p in run_folder.glob('*.png')}
 
 
+def rows_of(path):
+    """Rows of a CSV file by its header."""
+    return list(csv.DictReader(path.open(encoding='utf-8')))
+
+
+def results(run_folder):
+    """{name: content without times} of all that a finished run leaves and that has to be the same."""
+    found = {'log': logged(run_folder), 'metrics': measured(run_folder), **drawn(run_folder)}
+    found.update({path.name: path.read_bytes() for path in run_folder.glob('*.csv')})
+    for path in run_folder.glob('*.pt'):
+        if path.name != 'checkpoint.previous.pt':
+            found[path.name] = weights(run_folder, path.name)
+    return found
+
+
+def differences(a, b):
+    """Names of what two dicts do not have in common."""
+    return sorted(key for key in {*a, *b} if a.get(key) != b.get(key))
+
+
 def assert_same_run(a, b):
-    """Weights, optimizer, losses, measures and images of two runs are equal to the bit."""
-    assert weights(a) == weights(b)
-    assert logged(a) == logged(b) and logged(a)
-    assert measured(a) == measured(b) and drawn(a) == drawn(b)
+    """Weights, optimizer, losses, measures, images and tables of two runs are equal to the bit."""
+    assert not differences(results(a), results(b)) and logged(a)
 
 
 class Killed(BaseException):
@@ -288,7 +323,6 @@ class Killed(BaseException):
 @contextlib.contextmanager
 def stopping(how):
     """A run takes one step and then gets the signal `how`, or is Killed before its next step."""
-    import train
     steps, update = [], train.Trainer._update
 
     def one(*given):
@@ -302,3 +336,6 @@ def stopping(how):
     every = 1e-9 if how is Killed else train.SAVE_EVERY       # seconds between checkpoints
     with mock.patch.object(train.Trainer, '_update', one), mock.patch.object(train, 'SAVE_EVERY', every):
         yield
+
+
+home()                                                        # go there

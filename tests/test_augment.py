@@ -22,7 +22,7 @@ def seeded(seed=0):
 
 
 def test_views_keep_shape_and_range_and_repeat_by_generator():
-    for C, H, W in (1, 28, 28), (3, 9, 13), (1, 8, 8), (3, 33, 19):
+    for C, H, W in (1, 28, 28), (3, 9, 13), (3, 33, 19):
         x = rand(6, C, H, W)
         kept = x.clone()
         for strength in ALL_ON, Views():
@@ -33,8 +33,15 @@ def test_views_keep_shape_and_range_and_repeat_by_generator():
         assert torch.equal(augment.augment(x, ALL_OFF, seeded(1)), x)
 
 
+def window(image, h, w, angle, centre):
+    """Of an image (H, W) a window by scipy, bilinear: its extents as shares, its turn and its centre (2,)."""
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    matrix, middle = turn @ np.diag([h, w]), (np.array(image.shape) - 1) / 2
+    return scipy.ndimage.affine_transform(image.numpy(), matrix, middle + centre - matrix @ middle, order=1,
+                                          mode='grid-constant')
+
+
 def test_warp_samples_the_window_it_drew():
-    """Against scipy, in pixels: a window of the drawn extents and centre, mirrored, turned, bilinear."""
     H, W = 9, 13
     x = rand(20, 1, H, W)
     for crop, flip, rotate in (0.3, False, 0), (0.3, True, 30), (1, True, 0), (1, False, 30):
@@ -49,14 +56,8 @@ def test_warp_samples_the_window_it_drew():
         cx, cy = draw(-1, 1) * (1 - w) * W / 2, draw(-1, 1) * (1 - h) * H / 2
         mirror = np.where(draw(0, 1) < 0.5, 1, -1) if flip else np.ones(20)
         angle = draw(-1, 1) * math.radians(rotate)
-        assert (abs(cx) + w * W / 2 <= W / 2 + 1e-6).all() and (abs(cy) + h * H / 2 <= H / 2 + 1e-6).all()
-        dy, dx = np.mgrid[:H, :W] - np.array([(H - 1) / 2, (W - 1) / 2]).reshape(2, 1, 1)
         for i in range(20):
-            u, v = dx * w[i] * mirror[i], dy * h[i]
-            across = math.cos(angle[i]) * u - math.sin(angle[i]) * v + cx[i] + (W - 1) / 2
-            down = math.sin(angle[i]) * u + math.cos(angle[i]) * v + cy[i] + (H - 1) / 2
-            wanted = scipy.ndimage.map_coordinates(x[i, 0].numpy(), [down, across], order=1,
-                                                   mode='grid-constant')
+            wanted = window(x[i, 0], h[i], w[i] * mirror[i], angle[i], (cy[i], cx[i]))
             assert close(views[i, 0], wanted, 1e-4)
 
 
@@ -67,10 +68,7 @@ def test_fixed_views_are_the_image_its_mirror_and_four_corner_crops():
     assert torch.equal(same, x) and torch.equal(mirrored, x.flip(3))
     plain = list(augment.fixed_views(x, True, False))[1:]
     for i, (dx, dy) in enumerate(itertools.product((-1, 1), repeat=2)):
-        down = (np.arange(50) - 24.5) * 0.96 + dy * 0.04 * 25             # 96 % of each side
-        across = (np.arange(75) - 37) * 0.96 + dx * 0.04 * 37.5
-        places = np.meshgrid(down + 24.5, across + 37, indexing='ij')
-        wanted = scipy.ndimage.map_coordinates(x[0, 0].numpy(), places, order=1, mode='grid-constant')
+        wanted = window(x[0, 0], 0.96, 0.96, 0, (dy * 0.04 * 25, dx * 0.04 * 37.5))
         assert close(plain[i][0, 0], wanted, 1e-4)
         assert close(corners[i], plain[i].flip(3) if dx != dy else plain[i], 1e-4)
 
@@ -92,14 +90,19 @@ def test_colour_jitter_parts_by_their_formulas():
     assert close(augment.brightness(x, 0.4, seeded()), x * f)
     assert close(augment.contrast(x, 0.4, seeded()), mean + (x - mean) * f)
     assert close(augment.saturation(x, 0.4, seeded()), luma + (x - luma) * f)
-    turned = augment.hue(x, 0.4, seeded())
-    yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    angle = (torch.rand(4, 1, generator=seeded()) * 2 - 1) * 0.1 * 2 * math.pi          # a tenth of a circle
-    (y, i, q), (y_turned, i_turned, q_turned) = (torch.einsum('kc,nchw->knhw', yiq, v) for v in (x, turned))
-    wanted = torch.complex(i, q) * torch.polar(torch.ones(4, 1), angle)[:, :, None]
-    assert close(y_turned, y) and close(i_turned, wanted.real) and close(q_turned, wanted.imag)
     grey = x[:, :1].expand(-1, 3, -1, -1)
     assert close(augment.hue(grey, 0.4, seeded()), grey, 2e-3)            # YIQ rows sum to 0 to 3 digits
+
+
+def test_hue_turns_the_colours_in_yiq():
+    def yiq(x):
+        rows = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+        return torch.einsum('kc,nchw->knhw', rows, x)
+    x = rand(4, 3, 5, 6)
+    angle = (torch.rand(4, 1, 1, generator=seeded()) * 2 - 1) * 0.1 * 2 * math.pi      # a tenth of a circle
+    cos, sin, (y, i, q) = angle.cos(), angle.sin(), yiq(x)
+    wanted = torch.stack([y, i * cos - q * sin, i * sin + q * cos])
+    assert close(yiq(augment.hue(x, 0.4, seeded())), wanted)
 
 
 def test_grey_takes_the_colours_out_of_a_share_of_the_images():
@@ -144,7 +147,7 @@ def test_cutout_erases_one_square_of_the_size_asked_for():
 def test_noise_has_the_standard_deviation_asked_for():
     x = torch.full((50, 1, 40, 40), 0.5)
     noise = augment.add_noise(x, 0.05, seeded()) - x
-    assert abs(noise.std() - 0.05) < 5e-4 and abs(noise.mean()) < 5e-4 and x.unique().tolist() == [0.5]
+    assert abs(noise.std() - 0.05) < 5e-4 and abs(noise.mean()) < 5e-4
     assert abs((noise / 0.05).pow(4).mean() - 3) < 0.1                    # a Gaussian's fourth moment
     loud = augment.add_noise(x, 5.0, seeded())
     assert loud.min() == 0 and loud.max() == 1

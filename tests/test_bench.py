@@ -23,17 +23,14 @@ def test_the_benchmark_counts_what_ran_and_names_what_is_missing():
 
 
 def test_an_epoch_is_timed_by_the_functions_of_training():
-    x, models, make = (torch.rand(512, 1, 28, 28) * 255).byte(), [], bench.network
-
-    def network(*given):
-        models.append(make(*given))
-        return models[-1]
-    with mock.patch.object(bench, 'images', lambda n: x[:n]), mock.patch.object(bench, 'network', network):
+    x, model = (torch.rand(512, 1, 28, 28) * 255).byte(), bench.network(SETUP, bench.arguments(SETUP, 'ae'))
+    with mock.patch.object(bench, 'images', lambda n: x[:n]), \
+            mock.patch.object(bench, 'network', return_value=model):
         part = bench.epoch(SETUP, 'ae', 5120)
     for _ in range(2):                                        # each call is another epoch
-        before = [p.clone() for p in models[0].parameters()]
+        before = [p.clone() for p in model.parameters()]
         part.calls['ours']()
-        assert part.amount == 512 and not all(map(torch.equal, before, models[0].parameters()))
+        assert part.amount == 512 and not all(map(torch.equal, before, model.parameters()))
 
 
 def test_shares_of_the_limit_and_ratios_are_those_of_the_medians():

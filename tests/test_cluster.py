@@ -1,6 +1,5 @@
 """Clusters: the heads of scan and their criterion, pseudo-labelling in turns, names and files."""
-from helpers import close, finished, home, logged, measured, ok, randn, refused, tiny
-import csv
+from helpers import close, finished, home, logged, measured, ok, randn, refused, rows_of, tiny, without
 import itertools
 import math
 from unittest import mock
@@ -24,9 +23,8 @@ def blobs(n=60, K=3):
 
 
 def criterion_by_loops(pred, near, entropy=5.0):
-    n = len(pred)
-    same = sum(int(pred[j] == pred[i]) for i in range(n) for j in near[i]) / near.numel()
-    sizes = [count / n for count in pred.bincount().tolist() if count]
+    same = sum(int(pred[j] == pred[i]) for i in range(len(pred)) for j in near[i]) / near.numel()
+    sizes = [count / len(pred) for count in pred.bincount().tolist() if count]
     return -math.log(same) + entropy * sum(size * math.log(size) for size in sizes)
 
 
@@ -66,49 +64,43 @@ def test_of_the_heads_that_half_decides_whose_clusters_neighbours_share_most():
 def test_the_criterion_sees_neighbours_and_sizes_and_one_cluster_for_all_is_worst():
     h, blob = blobs()
     near = features.neighbours(h, 5)
-    best, worst = cluster.criterion(blob, near, 3), cluster.criterion(torch.zeros_like(blob), near, 3)
-    assert close(best, -5 * math.log(3)) and close(worst, 0)
     other = torch.randint(3, (60,), generator=generator('cpu', 0))
     assert close(cluster.criterion(other, near, 3, 2.0), criterion_by_loops(other, near, 2.0))
-    assert best < cluster.criterion(other, near, 3) < worst + math.log(9)
+    assert close(cluster.criterion(blob, near, 3), -5 * math.log(3))
+    assert close(cluster.criterion(torch.zeros_like(blob), near, 3), 0)
 
 
 def test_cluster_starts_from_kmeans_or_a_scan_assigns_anew_and_keeps_each_iteration():
     h = data.to_float(data.load(home() / 'tiny.npz').x_train).flatten(1)
     h = torch.nn.functional.normalize(h - h.mean(0), dim=1)
     voted = runs.open_run(finished('scan')).model.probs.argmax(1)
-    starts = {'from-kmeans': (evaluate.kmeans(h, 3, seed=0)[0], []),
-              'from-scan': (voted, ['--encoder', finished('scan')])}
-    for name, (wanted, more) in starts.items():
-        flags = [word for word in tiny('cluster') if not more or word not in ('--width', 0.1)]
-        ok(*flags, *more, '--name', name)
-        there = home() / 'runs' / name
-        found = {p.stem: torch.load(p, weights_only=True)['pred'] for p in there.glob('[ibf]*.pt')}
+    from_scan = without('--width', tiny('cluster', '--encoder', finished('scan')))
+    for flags, wanted in (tiny('cluster'), evaluate.kmeans(h, 3, seed=0)[0]), (from_scan, voted):
+        ok(*flags, '--overwrite --name started')
+        there = home() / 'runs/started'
+        found = {p.stem: torch.load(p, weights_only=True)['pred'].tolist() for p in there.glob('[ibf]*.pt')}
         assert set(found) == {'iteration-00', 'iteration-01', 'iteration-02', 'best', 'final'}
-        assert torch.equal(found['iteration-00'].long(), wanted)
+        assert found['iteration-00'] == wanted.tolist()
         rows = [row for row in logged(there) if 'iteration' in row]
         assert [row['iteration'] for row in rows] == [0, 1, 2]
         best = min(rows[1:], key=lambda row: row['criterion'])['iteration']    # of those that have a network
-        assert torch.equal(found['best'], found[f'iteration-{best:02}'])
-        assert torch.equal(found['final'], found['iteration-02'])
+        assert found['best'] == found[f'iteration-{best:02}'] and found['final'] == found['iteration-02']
 
 
 def test_any_number_of_clusters_is_found_and_each_image_is_told_its_own():
+    x = data.load(home() / 'tiny.npz').x_train
     for K, method in itertools.product((2, 20), ('cluster', 'scan')):
-        out = ok(*tiny(method), '--clusters', K, '--name', f'{method}{K}')
-        there = home() / f'runs/{method}{K}'
+        out = ok(*tiny(method), '--overwrite --name many --clusters', K)
+        there = home() / 'runs/many'
         assert measured(there)['clusters'] == K and 'clusters.csv' in out
-        rows = list(csv.DictReader((there / 'clusters.csv').open()))
-        opened = runs.open_run(there)
-        p = opened.model.probs if method == 'scan' else opened.predict(data.load(home() / 'tiny.npz').x_train)
+        rows, opened = rows_of(there / 'clusters.csv'), runs.open_run(there)
+        p = opened.model.probs if method == 'scan' else opened.predict(x)
         assert [row['id'] for row in rows] == [str(i) for i in range(120)]
         assert [int(row['cluster']) for row in rows] == p.argmax(1).tolist()
         assert close([float(row['confidence']) for row in rows], p.max(1).values, 1e-4)
-    refused(*tiny('scan'), '--clusters', 121, '--name', 'x', said=['121', '120'])
+    refused(*tiny('scan'), '--clusters 121 --name x', said=['121', '120'])
 
 
 def test_an_assignment_that_collapses_is_said_loudly():
-    def collapsing(network, x):
-        return torch.eye(3)[torch.zeros(len(x), dtype=torch.int64)]
-    with mock.patch.object(runs.Network, 'predict', collapsing):
-        assert 'WARNING: only 1 of 3 clusters are alive' in ok(*tiny('cluster'), '--name', 'collapsed')
+    with mock.patch.object(runs.Network, 'predict', lambda network, x: torch.eye(3)[[0] * len(x)]):
+        assert 'WARNING: only 1 of 3 clusters are alive' in ok(*tiny('cluster'), '--name collapsed')

@@ -4,14 +4,12 @@ import hashlib
 import io
 import itertools
 import math
-import os
-import struct
+import sys
 import tracemalloc
-import unittest
 from pathlib import Path
 from unittest import mock
 
-from helpers import arrays, folder, images, inside, modules, raises, write_idx, write_npz
+from helpers import Hostile, arrays, folder, idx, images, inside, pillow, raises, write_idx, write_npz
 
 import numpy as np
 import torch
@@ -30,16 +28,11 @@ def notes():
         yield said
 
 
-def idx(shape, values):
-    """An IDX file by hand: magic, big-endian sizes, bytes."""
-    return struct.pack(f'>BBBB{len(shape)}I', 0, 0, 8, len(shape), *shape) + bytes(values)
-
-
 # -------------------------------------------------------------------------------------------- array files
 
 def test_idx_of_every_shape_is_read():
     with folder() as f:
-        for shape in (), (5,), (0,), (2, 3), (0, 4), (2, 2, 1, 3):
+        for shape in (), (5,), (0, 4), (2, 2, 1, 3):
             values = range(250, 250 - math.prod(shape), -1)
             for name, opened in ('plain', open), ('packed.gz', gzip.open):
                 with opened(f / name, 'wb') as file:
@@ -51,18 +44,12 @@ def test_idx_of_every_shape_is_read():
 
 def test_read_idx_names_the_file_and_what_is_wrong_with_it():
     good = idx((2, 3), range(6))
-    for name, content, said in (
-            ('x', b'', 'starts with'), ('x', b'\x89PNG', 'starts with 0x89504e47'), ('x', good[:3], ''),
-            ('x', b'\0\0\x0d\1', 'starts with'), ('x', good[:7], ''), ('x', good[:-1], 'size 5'),
-            ('x', good + b'x', 'size 7'), ('x', idx((2**32 - 1, 2**32 - 1), []), 'memory'),
-            ('x.gz', gzip.compress(good)[:-9], ''), ('x.gz', gzip.compress(good + b'x'), 'size 7'),
-            ('x.gz', good, '')):
+    for name, content, said in (('x', b'\x89PNG', 'starts with 0x89504e47'), ('x', good[:-1], 'size 5'),
+                                ('x', good + b'x', 'size 7'), ('x.gz', gzip.compress(good)[:-9], '')):
         with folder() as f:
             (f / name).write_bytes(content)
             with raises(ValueError, f / name, said):
                 data.read_idx(f / name)
-    with raises(ValueError, 'none', 'No such file'):
-        data.read_idx('none')
 
 
 def test_files_that_ask_for_more_memory_than_is_free_are_refused_before_they_get_it():
@@ -80,25 +67,13 @@ def test_files_that_ask_for_more_memory_than_is_free_are_refused_before_they_get
             tracemalloc.stop()
 
 
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 def test_a_pickle_inside_npz_is_refused_and_does_not_run():
     with folder() as f:
-        for key in 'x_train', 'y_train', 'y_test':
-            evil = np.array([Evil(f / 'ran'), None], object)
-            write_npz(f / 'a.npz', **{**arrays(20, 4), key: evil})
-            with raises(ValueError, 'a.npz'):
-                data.load(f / 'a.npz')
-            assert not (f / 'ran').exists()
-        np.load(f / 'a.npz', allow_pickle=True)['y_test']
+        write_npz(f / 'a.npz', x_train=np.array([Hostile(f / 'ran'), None], object))
+        with raises(ValueError, 'a.npz'):
+            data.load(f / 'a.npz')
+        assert not (f / 'ran').exists()
+        np.load(f / 'a.npz', allow_pickle=True)['x_train']
         assert (f / 'ran').exists()                           # it would have run
 
 
@@ -106,47 +81,34 @@ def test_what_is_not_understood_in_an_npz_is_named():
     good = arrays(20, 4)
     x, y = good['x_train'], good['y_train']
     with folder() as f:
-        path = f / 'a.npz'
         for change, said in (
                 ({'x_train': None}, 'wanted x_train'), ({'x_train': x[:19]}, 'holds 19 images'),
                 ({'x_test': x[:4, :9]}, 'another shape'), ({'x_test': x[:0]}, 'x_test holds 0'),
                 ({'x_train': np.uint8(5)}, ''), ({'x_train': x[:, :7]}, 'H and W at least 8'),
                 ({'y_train': y[:5]}, '(5,)'), ({'y_train': y - 2}, 'holds -2'),
                 ({'y_test': good['y_test'] - 1}, 'keep = y >= 0')):
-            write_npz(path, **{key: v for key, v in {**good, **change}.items() if v is not None})
-            with raises(ValueError, path, said):
-                data.load(path)
-        write_npz(path, **good)
-        whole = path.read_bytes()
-        for content in b'', b'text', whole[:-30], whole.replace(b'20,', b'-2,'):
-            path.write_bytes(content)
-            with raises(ValueError, path):
-                data.load(path)
+            write_npz(f / 'a.npz', **{key: v for key, v in {**good, **change}.items() if v is not None})
+            with raises(ValueError, f / 'a.npz', said):
+                data.load(f / 'a.npz')
         with raises(ValueError, f / 'none', 'wanted fashion-mnist, stl10, cifar10, an .npz file'):
             data.load(f / 'none')
 
 
 def test_the_lines_of_python_in_a_refusal_mend_the_array():
-    def refusal(check, *args):
-        try:
-            check(*args)
-        except ValueError as e:
-            return str(e)
-        raise AssertionError('not refused')
-
     x, y = images(30, H=10, W=12, C=3)
     rescale = '((x - black) / (white - black) * 255).round().astype("uint8")'
     reshape = 'x.reshape(N, H, W, C)[..., :3]'
     for wrong, line, black in (x.astype(int), rescale, 0), (x * 2.0 - 255, rescale, -255), (
             x.reshape(30, -1), reshape, 0), (np.concatenate([x, x], 3), reshape, 0):
-        assert f'x = {line}' in refusal(data.to_images, 'x_train', wrong)
-        sizes = dict(N=30, H=10, W=12, C=wrong.size // 3600)
-        mended = eval(line, dict(x=wrong, black=black, white=255, **sizes))
+        with raises(ValueError, f'x = {line}'):
+            data.to_images('x_train', wrong)
+        mended = eval(line, dict(x=wrong, black=black, white=255, N=30, H=10, W=12, C=wrong.size // 3600))
         assert np.array_equal(data.to_images('x_train', mended).permute(0, 2, 3, 1), x)
     names = np.array(['ant', 'bee', 'cat'])[y]
     for wrong, line in ((y / 1.0, 'y.astype(int)'), (np.eye(3)[y], 'y.argmax(axis=1)'),
                         (names, 'numpy.unique(y, return_inverse=True)[1]')):
-        assert line in refusal(data.to_labels, 'y_train', wrong, 30)
+        with raises(ValueError, line):
+            data.to_labels('y_train', wrong, 30)
         assert data.to_labels('y_train', eval(line, {'y': wrong, 'numpy': np}), 30).tolist() == y.tolist()
 
 
@@ -163,21 +125,19 @@ def test_idx_folders_and_npz_are_the_same_images_channels_first():
         with folder() as f, notes() as said:
             write_npz(f / 'a.npz', **kept)
             for key, array in kept.items():
-                name = data.IDX_NAMES[key] + '.gz' * key.endswith('test')
-                write_idx(f / name, array.astype(np.uint8))
-            a, b, first = data.load(f / 'a.npz'), data.load(f), data.load(f, limit=21)
+                write_idx(f / (data.IDX_NAMES[key] + '.gz' * key.endswith('test')), array)
+            a = data.load(f / 'a.npz')
+            assert same(a, data.load(f)) and not said.getvalue()
             write_npz(f / 'a.npz', x_train=kept['x_train'])
             bare = data.load(f / 'a.npz')
-        assert same(a, b) and first.digest != a.digest and not said.getvalue()
-        assert a.name == 'a' and a.shape == (C, 10, 12) and a.y_train.dtype == torch.int64
+        assert bare.y_train is bare.x_test is bare.y_test is None and bare.classes == bare.ids == []
+        assert a.name == 'a' and a.shape == (C, 10, 12) and a.y_test.tolist() == kept['y_test'].tolist()
         sha = hashlib.sha256()
         for key in 'x_train', 'x_test':
-            x = np.stack([image.reshape(10, 12, C)[:, :, c] for image in kept[key] for c in range(C)])
-            assert getattr(a, key).flatten(0, 1).tolist() == x.tolist()
-            sha.update(str((len(kept[key]), C, 10, 12)).encode() + x.tobytes())
-        assert a.digest == sha.hexdigest() and a.y_test.tolist() == kept['y_test'].tolist()
-        assert bare.y_train is bare.x_test is bare.y_test is None and bare.classes == bare.ids == []
-        assert torch.equal(first.x_train, a.x_train[:21]) and len(first.y_train) == 21
+            x = kept[key].reshape(-1, 10, 12, C).transpose(0, 3, 1, 2)
+            assert np.array_equal(getattr(a, key), x)
+            sha.update(str(x.shape).encode() + x.tobytes())
+        assert a.digest == sha.hexdigest()
 
 
 def test_arrays_as_they_are_published_are_read_with_a_line_that_says_what_of_them():
@@ -201,31 +161,27 @@ def test_arrays_as_they_are_published_are_read_with_a_line_that_says_what_of_the
 
 def test_minus_one_is_no_label():
     good = arrays(22, 6)
-    y = good['y_train'].copy()
-    y[::2] = -1
-    ds = data.make_dataset('partly', {**good, 'y_train': y})
-    assert ds.y_train.tolist() == y.tolist() and ds.ids == [0, 1, 2]
+    good['y_train'][::2] = -1
+    ds = data.make_dataset('partly', good)
+    assert ds.y_train.tolist() == good['y_train'].tolist() and ds.ids == [0, 1, 2]
     assert ds.labelled().tolist() == list(range(1, 22, 2))
     assert ds.labelled(torch.tensor([9, 4, 1])).tolist() == [9, 1]
-    assert data.make_dataset('bare', {**good, 'y_train': y * 0 - 1}).y_train is None
+    good['y_train'][:] = -1
+    assert data.make_dataset('bare', good).y_train is None
 
 
 def test_labels_are_dense_whatever_ids_the_file_has_and_the_ids_are_kept():
-    good, names = arrays(24, 6), ['ant', 'bee', 'cat']
-    wanted = good['y_train'].tolist()
-    wanted[5] = -1
-    for ids in (0, 1, 2), (1, 2, 3), (7, 9999, 2 ** 40):
-        y = {key: np.array(ids)[good[key]] for key in ('y_train', 'y_test')}
-        y['y_train'][5] = -1
-        ds = data.make_dataset('a', {**good, **y}, limit=20)
-        assert ds.y_train.tolist() == wanted[:20] and ds.y_test.tolist() == good['y_test'].tolist()
-        assert ds.ids == list(ids) and ds.classes == [str(i) for i in ids]
-        assert data.make_dataset('a', {**good, **y}, classes=names).classes == names
+    good, names, ids = arrays(24, 6), ['ant', 'bee', 'cat'], [7, 9999, 2 ** 40]
+    y = {key: np.array(ids)[good[key]] for key in ('y_train', 'y_test')}
+    y['y_train'][5] = good['y_train'][5] = -1
+    ds = data.make_dataset('a', {**good, **y}, limit=20)
+    assert np.array_equal(ds.y_train, good['y_train'][:20]) and np.array_equal(ds.y_test, good['y_test'])
+    assert ds.ids == ids and ds.classes == ['7', '9999', str(2 ** 40)]
+    assert data.make_dataset('a', {**good, **y}, classes=names).classes == names
     with raises(ValueError, '2 classes are named, and the labels have 3'):
         data.make_dataset('a', good, classes=names[:2])
-    y = {key: good[key] * 2 for key in ('y_train', 'y_test')}
-    ds = data.make_dataset('a', {**good, **y}, classes=list('abcde'))       # b and d have no image
-    assert ds.ids == [0, 1, 2, 3, 4] and ds.y_test.tolist() == y['y_test'].tolist()
+    ds = data.make_dataset('a', {**good, 'y_test': 2 * good['y_test']}, classes=list('abcde'))     # d: none
+    assert ds.ids == [0, 1, 2, 3, 4] and np.array_equal(ds.y_test, 2 * good['y_test'])
     assert data.make_dataset('a', {'x_train': good['x_train']}, classes=['a', 'b']).ids == [0, 1]
 
 
@@ -271,13 +227,11 @@ def test_stl10_is_read_column_by_column_its_unlabelled_images_last_and_without_a
         assert ds.classes == [f'golf ball {k}' for k in range(10)] and ds.ids == list(range(10))
         assert torch.equal(ds.x_train[:], x[:26]) and torch.equal(ds.x_test[:], x[26:])
         assert ds.y_train.tolist() == [*range(10)] * 2 + [-1] * 6 and ds.y_test.tolist() == [0, 1, 2, 3]
-        assert torch.equal(few.x_train, x[:23]) and len(few.y_train) == 23 and len(few.labelled()) == 20
-        copy = data.make_dataset('copy', {'x_train': x[:26].numpy(), 'x_test': x[26:].numpy()})
-        assert copy.digest == ds.digest != few.digest         # the digest is of images, not of files
+        assert torch.equal(few.x_train, x[:23]) and len(few.labelled()) == 20
+        assert ds.digest != few.digest
         with open(f / 'train_X.bin', 'r+b') as file:          # nothing was copied: the file is the data
-            file.seek(2 * 27_648 + 96 * 7 + 5)
-            file.write(bytes([255 - x[2, 0, 5, 7]]))
-        assert ds.x_train[2][0, 5, 7] == 255 - x[2, 0, 5, 7]
+            file.write(bytes([255 - x[0, 0, 0, 0]]))
+        assert ds.x_train[0][0, 0, 0] == 255 - x[0, 0, 0, 0]
         (f / 'unlabeled_X.bin').unlink()
         (f / 'class_names.txt').unlink()
         bare = data.load(f)
@@ -294,18 +248,14 @@ def test_cifar10_is_read_row_by_row_from_any_number_of_batches():
 
 
 def test_broken_binary_data_sets_are_one_sentence():
-    for write, name, change, said in (
-            (write_stl10, 'train_X.bin', lambda b: b[:-1], 'train_X.bin: cannot reshape'),
-            (write_stl10, 'train_X.bin', lambda b: b[27_648:], 'wanted integers of shape (25,)'),
-            (write_stl10, 'train_X.bin', lambda b: b'', 'train_X.bin: '),
-            (write_stl10, 'test_y.bin', None, 'test_y.bin'),
-            (write_stl10, 'test_y.bin', lambda b: b[:-1] + b'\x0b', 'the labels have 11'),
-            (write_stl10, 'class_names.txt', lambda b: b[:-13], '9 classes are named'),
-            (write_cifar10, 'data_batch_2.bin', lambda b: b[:-3], 'cannot reshape'),
-            (write_cifar10, 'test_batch.bin', None, ''),
-            (write_cifar10, 'data_batch_1.bin', lambda b: b[3073 * 7:], 'holds 18 images; wanted at')):
+    for name, change, said in (
+            ('train_X.bin', lambda b: b[:-1], 'train_X.bin: cannot reshape'),
+            ('train_X.bin', lambda b: b[27_648:], 'wanted integers of shape (25,)'),
+            ('test_y.bin', None, 'test_y.bin'),
+            ('test_y.bin', lambda b: b[:-1] + b'\x0b', 'the labels have 11'),
+            ('class_names.txt', lambda b: b[:-13], '9 classes are named')):
         with folder() as f:
-            write(f)
+            write_stl10(f)
             blob = (f / name).read_bytes()
             (f / name).unlink() if change is None else (f / name).write_bytes(change(blob))
             with raises(ValueError, f, said):
@@ -313,32 +263,22 @@ def test_broken_binary_data_sets_are_one_sentence():
 
 
 def test_a_named_data_set_is_looked_for_in_data_and_where_systems_share_them():
-    with folder() as f, inside(f), mock.patch.object(data, 'SHARED', f / 'shared'):
-        asked = []
-        fetch = mock.patch.multiple(download, fashion_mnist=asked.append,
-                                    unpacked=lambda archive, there: asked.append(there))
-        with fetch:
-            assert data.find('stl10') == Path('data/stl10') and data.find('fashion-mnist') == asked[1]
+    asked = []
+    fetch = {'fashion_mnist': asked.append, 'unpacked': lambda archive, there: asked.append(there)}
+    with folder() as f, inside(f), mock.patch.object(data, 'SHARED', f / 'shared'), \
+            mock.patch.multiple(download, **fetch):
+        assert data.find('stl10') == Path('data/stl10') and data.find('fashion-mnist') == asked[1]
         for there in f / 'shared/fashion-mnist', Path('data/fashion-mnist'):
             there.mkdir(parents=True)
             for key, array in arrays(60, 20, K=10, H=28, W=28).items():
-                write_idx(there / f'{data.IDX_NAMES[key]}.gz', array.astype(np.uint8))
-            with fetch:
-                assert data.find('fashion-mnist') == there
+                write_idx(there / f'{data.IDX_NAMES[key]}.gz', array)
+            assert data.find('fashion-mnist') == there
         ds = data.load()
         assert ds.name == 'fashion-mnist' and ds.classes[9] == 'ankle boot' and len(ds.classes) == 10
         assert len(asked) == 2
 
 
 # -------------------------------------------------------------------------------------- image files
-
-def pillow():
-    try:
-        import PIL.Image
-    except ImportError:
-        raise unittest.SkipTest('image files need Pillow') from None
-    return PIL.Image
-
 
 def write_images(f, names, size=(16, 12), mode='RGB'):
     """Image files whose colour is 10 times their place in the list."""
@@ -350,23 +290,23 @@ def write_images(f, names, size=(16, 12), mode='RGB'):
 def test_folders_of_images_are_read_with_or_without_classes_and_a_test_set():
     in_classes = [f'{c}/{i:02}.png' for c in ('ant', 'bee', 'sea lion') for i in range(8)]
     flat = [f'{i:02}.png' for i in range(24)]
-    for top, names, test in (('', in_classes, None), ('', flat, 'test'), ('train', in_classes, 'test'),
-                             ('train', in_classes, 'val'), ('train', flat, None)):
+    for top, names, test in (('', in_classes, None), ('', flat, 'test'), ('train', in_classes, 'val'),
+                             ('train', flat, None)):
         with folder() as f, inside(f), notes() as said:
             names_train = [f'{top}/{name}'.strip('/') for name in names]
-            names_test = [f'{test}/bee/a.png', f'{test}/cow/b.png'] if test else None
-            write_images(f, names_train + (names_test or []))
+            names_test = [f'{test}/bee/a.png', f'{test}/cow/b.png'] if test else []
+            write_images(f, names_train + names_test)
             (f / 'notes.txt').write_text('no image')
             (f / '._00.png').write_text('hidden')
             ds = data.load(f)
-        assert (ds.names_train, ds.names_test) == (names_train, names_test) and ds.shape == (3, 12, 12)
+        assert (ds.names_train, ds.names_test or []) == (names_train, names_test) and ds.shape == (3, 12, 12)
         assert ds.x_train[:, 0, 5, 5].tolist() == list(range(0, 240, 10)) and (ds.x_train[:, 2] == 255).all()
-        if names is in_classes:
-            assert [ds.classes[k] for k in ds.y_train] == [name.split('/')[0] for name in names]
-        else:
+        if names is flat:
             assert ds.y_train is None
+        else:
+            assert [ds.classes[k] for k in ds.y_train] == [name.split('/')[0] for name in names]
         assert not test or [ds.classes[k] for k in ds.y_test] == ['bee', 'cow']
-        assert f'24 images to train on, {2 if test else 0} to test, {len(ds.classes)} ' in said.getvalue()
+        assert f'24 images to train on, {len(names_test)} to test, {len(ds.classes)} ' in said.getvalue()
 
 
 def test_images_are_resized_by_their_shorter_side_and_the_centre_is_cut_out():
@@ -374,23 +314,22 @@ def test_images_are_resized_by_their_shorter_side_and_the_centre_is_cut_out():
         ramp = np.zeros((40, 120, 3), np.uint8)
         ramp[:, :, 0] = np.arange(40)[:, None] * 6
         ramp[:, 40:80, 1] = 255                               # the centre, which is all that stays
-        for i in range(20):
-            turned = pillow().fromarray(ramp).rotate(90, expand=True) if i else pillow().fromarray(ramp)
-            exif = turned.getexif()
-            exif[0x0112] = 6 if i else 1                      # "turn me by 90 degrees"
-            turned.save(f / f'{i:02}.jpg', quality=100, subsampling=0, exif=exif)
-        x = data.load(f, size=20).x_train
-        wanted = (np.arange(20) * 2 + 0.5) * 6
-        assert x.shape == (20, 3, 20, 20) and x[:, 1].min() > 200
-        assert abs(x[:, 0, 2:-2].double() - torch.from_numpy(wanted)[2:-2, None]).max() < 6
-        assert data.decode_files(f, ['00.jpg'])[0].shape == (1, 40, 40, 3)
+        image = pillow().fromarray(ramp)
+        exif = image.getexif()
+        for name, rotation, orientation in ('a.jpg', 0, 1), ('b.jpg', 90, 6):      # "turn me by 90 degrees"
+            exif[0x0112] = orientation
+            image.rotate(rotation, expand=True).save(f / name, quality=100, subsampling=0, exif=exif)
+        x = data.read_images(f, size=20)[0]
+        wanted = (torch.arange(20) * 2 + 0.5) * 6
+        assert x.shape == (2, 3, 20, 20) and x[:, 1].min() > 200
+        assert abs(x[:, 0, 2:-2].double() - wanted[2:-2, None]).max() < 6
+        assert data.read_images(f)[0].shape == (2, 3, 40, 40)
     with folder() as f, inside(f), notes():
-        write_images(f, [f'{i:02}.png' for i in range(20)], mode='L')
+        write_images(f, ['00.png', '01.png'], mode='L')
         x, names = data.read_images(f)
-        assert x[:, 0, 5, 5].tolist() == list(range(0, 200, 10))             # grey: one channel
-        assert x.shape == (20, 1, 12, 12) and names == [f'{i:02}.png' for i in range(20)]
-        x, names = data.read_images(f / '07.png', 8, 3)
-        assert names == ['07.png'] and x.shape == (1, 3, 8, 8) and (x == 70).all()
+        assert x.shape == (2, 1, 12, 12) and names == ['00.png', '01.png']          # grey: one channel
+        x, names = data.read_images(f / '01.png', 8, 3)
+        assert names == ['01.png'] and x.shape == (1, 3, 8, 8) and (x == 10).all()
 
 
 def test_files_that_can_not_be_read_are_named_left_out_and_counted():
@@ -408,20 +347,20 @@ def test_files_that_can_not_be_read_are_named_left_out_and_counted():
         with mock.patch.object(pillow(), 'MAX_IMAGE_PIXELS', 70):            # Pillow opens twice as many
             with raises(ValueError, f, 'holds no image that can be read', 'exceeds limit'):
                 data.read_images(f, 9)
+        with mock.patch.dict(sys.modules, PIL=None), raises(ValueError, 'pip install pillow'):
+            data.load(f, size=9)
     with folder() as f:
         with raises(ValueError, f, 'holds no image files'):
             data.load(f)
         write_npz(f / 'a.npz', x_train=images(20)[0])
         with raises(ValueError, '--size'):
             data.load(f / 'a.npz', size=32)
-        (f / 'a.png').touch()
-        with modules(PIL=None), raises(ValueError, 'pip install pillow'):
-            data.load(f)
 
 
 def test_images_are_decoded_once_and_again_when_a_file_changes():
+    names = [f'{i:02}.png' for i in range(25)]
     with folder() as f, inside(f), notes():
-        write_images(f, [f'{i:02}.png' for i in range(25)], size=(100, 120))
+        write_images(f, names, size=(100, 120))
         with mock.patch.object(data, 'decode_files', wraps=data.decode_files) as decode:
             first = data.load(f)
             assert first.shape == (3, 96, 96)                 # at most
@@ -432,20 +371,16 @@ def test_images_are_decoded_once_and_again_when_a_file_changes():
             for path in Path('runs/.cache').iterdir():
                 path.write_bytes(path.read_bytes()[:500])     # a torn file is no obstacle
             assert data.load(f).digest == changed.digest and decode.call_count == 3
-            assert data.load(f, size=10).shape == (3, 10, 10)
-            few = data.load(f, limit=20).names_train          # spread over all
-            assert few == [f'{i:02}.png' for i in range(25) if i % 5 != 4]
+        assert data.load(f, limit=20).names_train == [name for name in names if int(name[:2]) % 5 != 4]
 
 
-def test_new_images_come_from_npz_or_idx():
+def test_new_images_have_any_name_in_an_npz():
     x = images(5)[0]
     with folder() as f, notes():
-        write_idx(f / 'a', x)
-        for key in 'x', 'x_train', 'x_test', 'test_images':
+        for key in 'x_train', 'test_images':
             write_npz(f / 'a.npz', **{key: x, 'y_train': np.zeros(3)})
-            for path in f / 'a', f / 'a.npz':
-                found, names = data.read_images(path)
-                assert names is None and np.array_equal(found[:, 0], x)
+            found, names = data.read_images(f / 'a.npz')
+            assert names is None and np.array_equal(found[:, 0], x)
         write_npz(f / 'a.npz', y_train=np.zeros(3))
         for name, said in ('a.npz', 'wanted x, x_train or x_test'), ('none', 'No such file'):
             with raises(ValueError, f / name, said):
@@ -458,22 +393,22 @@ def test_split_is_a_function_of_the_seed_disjoint_and_complete():
     for n, n_val, wanted in (100, 7, 7), (100, 5000, 10), (60_000, 5000, 5000), (3, 5, 1):
         a, b = data.split(n, n_val, 0)
         assert len(b) == wanted and sorted(a.tolist() + b.tolist()) == list(range(n))
-        assert torch.equal(data.split(n, n_val, 0)[1], b)
+    assert torch.equal(data.split(100, 7, 0)[1], data.split(100, 7, 0)[1])
     assert not torch.equal(data.split(100, 7, 0)[1], data.split(100, 7, 1)[1])
 
 
 def test_batches_hold_every_image_once_in_an_order_that_seed_and_epoch_fix():
+    def order(n, size, seed, epoch, start=0):
+        return [(step, ids.tolist()) for step, ids in data.batches(n, size, seed, epoch, start)]
+
     for n, size in itertools.product((2, 3, 19, 200), (2, 3, 7, 19, 500)):
-        batches = [(step, ids.tolist()) for step, ids in data.batches(n, size, 0, 1)]
+        batches = order(n, size, 0, 1)
         sizes = [len(ids) for _, ids in batches]
         assert sorted(sum((ids for _, ids in batches), [])) == list(range(n))
         assert [step for step, _ in batches] == list(range(data.steps_per_epoch(n, size)))
         assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 2 and max(sizes) <= max(size, 3), (n, size)
-        for start in 0, 1, len(batches):
-            later = [(step, ids.tolist()) for step, ids in data.batches(n, size, 0, 1, start)]
-            assert later == batches[start:]
-    orders = {str(list(data.batches(50, 9, seed, epoch))) for seed in (0, 1) for epoch in (1, 2, 3)}
-    assert len(orders) == 6
+        assert order(n, size, 0, 1, start=1) == batches[1:]
+    assert len({str(order(50, 9, seed, epoch)) for seed in (0, 1) for epoch in (1, 2, 3)}) == 6
 
 
 def test_images_are_resident_if_they_fit_and_the_same_batches_come_either_way():
@@ -481,16 +416,14 @@ def test_images_are_resident_if_they_fit_and_the_same_batches_come_either_way():
     ids = torch.randperm(120)[:50]
     transposed = x[7:60].transpose(2, 3).contiguous().transpose(2, 3)
     mapped = data.MappedImages([x[:7], x[7:7], transposed, x[60:]])
-    for wanted in slice(None), slice(5, 70), ids, [4, 99], [], 9:
+    for wanted in slice(5, 70), ids, [], 9:
         assert torch.equal(mapped[wanted], x[wanted]) and mapped[wanted].is_contiguous()
     order = [(7, torch.tensor([3, 1, 3])), *data.batches(50, 7, 0, 1)]
     for source, fits in itertools.product((x, mapped), (True, False)):
         size = x[ids].numel()                                 # half of what is free is taken
-        with mock.patch.object(data, 'free_memory', lambda device, free=2 * size - 2 * (not fits): free):
+        with mock.patch.object(data, 'free_memory', return_value=2 * size - 2 * (not fits)):
             kept = data.Images(source, CPU, ids)
         assert (kept.resident is not None) == fits and kept.shape == (len(kept), 3, 10, 12)
         for (step, batch), (got_step, got, rows) in zip(order, kept.read(iter(order)), strict=True):
             assert got_step == step and torch.equal(got, batch) and torch.equal(rows, x[ids][batch])
-        with mock.patch.object(data, 'MAX_RESIDENT_BYTES', 0):
-            whole = data.Images(source, CPU)
-        assert whole.resident is None and torch.equal(whole.at(ids), x[ids])
+    assert torch.equal(data.Images(x, CPU).at(ids), x[ids])

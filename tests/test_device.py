@@ -1,11 +1,7 @@
 """Tests of device.py."""
-from helpers import folder, python, raises
-import contextlib
-import io
-import itertools
+from helpers import folder, python
 import platform
 import sys
-import time
 import unittest
 from unittest import mock
 
@@ -16,13 +12,10 @@ import device
 CPU = torch.device('cpu')
 
 
-def test_a_device_that_can_not_be_used_is_refused_in_a_sentence():
-    for name in '', 'gpu', 'cuda:99', 'cpu:x', 'meta', 'xla':
-        with raises(ValueError, '--device', 'try cuda, mps or cpu'):
-            device.pick_device(name)
+def test_a_macs_gpu_is_asked_for_by_name():
     with mock.patch.object(torch.backends.mps, 'is_available', lambda: True), \
             mock.patch.object(torch.cuda, 'is_available', lambda: False):
-        assert device.pick_device() == CPU                    # a Mac's GPU is asked for by name
+        assert device.pick_device() == CPU
 
 
 def test_threads_heed_a_containers_quota_of_processor_time():
@@ -43,28 +36,14 @@ def test_threads_heed_a_containers_quota_of_processor_time():
 
 
 def test_bfloat16_is_the_default_only_where_it_is_faster():
-    cpu = torch.device('cpu')
-    for speedup, wanted in (0.9, False), (1.1, False), (2.0, True):
+    for speedup, wanted in (1.1, False), (2.0, True):
         with mock.patch.object(device, 'bfloat16_speedup', return_value=speedup):
-            assert device.amp_by_default(cpu) is wanted
+            assert device.amp_by_default(CPU) is wanted
     for capability, wanted in ((7, 5), False), ((8, 0), True):
         with mock.patch.object(torch.cuda, 'get_device_capability', return_value=capability):
             assert device.amp_by_default(torch.device('cuda')) is wanted
     threads = torch.get_num_threads()
-    assert 0.05 < device.bfloat16_speedup(cpu) < 50 and torch.get_num_threads() == threads
-
-
-def test_float32_inside_is_off_again_outside():
-    @device.in_float32
-    def product(a, b, exponent):
-        assert exponent == 2 and a.dtype == b.dtype == torch.float32
-        return a @ b
-
-    a = torch.ones(2, 2, dtype=torch.bfloat16)
-    with device.autocast(CPU, True):
-        assert product(a, a, 2).dtype == torch.float32 and (a.float() @ a.float()).dtype == torch.bfloat16
-    with device.autocast(CPU, False):
-        assert (a.float() @ a.float()).dtype == torch.float32
+    assert 0.05 < device.bfloat16_speedup(CPU) < 50 and torch.get_num_threads() == threads
 
 
 def test_generator_is_a_function_of_its_whole_key():
@@ -106,23 +85,3 @@ def test_memory_of_a_step_is_kept_for_the_next():
         raise unittest.SkipTest('mallopt is of glibc')
     faults = {word: int(python('-c', STEPS, word).communicate()[0]) for word in ('keep', 'leave')}
     assert faults['keep'] < faults['leave'] / 100, faults
-
-
-def test_long_work_tells_a_terminal_how_far_it_is_and_leaves_nothing_behind():
-    shown = {}
-    for terminal, speed in (True, 0.7), (True, 0.01), (False, 0.7):
-        out, clock = io.StringIO(), itertools.count(0, speed)
-        out.isatty = mock.Mock(return_value=terminal)
-        with contextlib.redirect_stdout(out), mock.patch.object(time, 'monotonic', side_effect=clock):
-            update = device.progress('rows', 40)
-            for done in range(0, 41, 5):
-                update(done)
-        shown[terminal, speed] = out.getvalue().split('\r')
-    assert shown[False, 0.7] == shown[True, 0.01] == ['']     # a file, and quick work, are told nothing
-    lines = shown[True, 0.7]
-    assert lines[1].startswith('rows: 12%, 0:') and lines[1].rstrip().endswith(' left')
-    assert not lines[-2].strip() and not lines[-1]            # wiped
-
-
-def test_clock_shows_hours_only_where_there_are_some():
-    assert [device.clock(s) for s in (0, 75.9, 4000)] == ['0:00', '1:15', '1:06:40']

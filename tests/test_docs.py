@@ -1,5 +1,5 @@
 """README.md, docs/ and tour.ipynb: commands, flags, links and code in them are those of this repository."""
-from helpers import HERE, arrays, cli, finished, folder, home, inside, modules, place, python, write_idx
+from helpers import HERE, arrays, cli, finished, folder, home, inside, place, python, write_idx
 import base64
 import contextlib
 import io
@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from unittest import mock
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_each_change_that_forking_shows_is_small_applies_and_works():
     with place() as cwd, contextlib.ExitStack() as stack:
         (cwd / 'data/kmnist').mkdir(parents=True)
         for key, name in data.IDX_NAMES.items():
-            write_idx(cwd / 'data/kmnist' / name, arrays(K=10)[key].astype(np.uint8))
+            write_idx(cwd / 'data/kmnist' / name, arrays(K=10)[key])
         started = []
         for i, (diff, words) in enumerate(shown):
             assert 0 < len(re.findall(r'^(?:[+](?![+][+])|-(?!--))', diff, re.M)) < 25, diff
@@ -120,17 +121,15 @@ def test_the_tour_runs_as_plain_python_and_its_images_are_inside():
     code = [''.join(cell['source']) for cell in book['cells'] if cell['cell_type'] == 'code']
     outputs = [out for cell in book['cells'] for out in cell.get('outputs', ())]
     stored = [out['data']['image/png'] for out in outputs if 'image/png' in out.get('data', ())]
-    seen, png, space = [], report.png, {'__name__': '__main__'}
-
-    def spy(image):
-        seen.append(png(image))
-        return seen[-1]
-    with folder() as cwd:
-        for key, name in data.IDX_NAMES.items():
-            write_idx(cwd / name, arrays(200, H=14, W=14, K=10)[key].astype(np.uint8))
-        with inside(cwd), mock.patch.object(data, 'find', return_value=cwd), modules(IPython_display=None), \
-                contextlib.redirect_stdout(io.StringIO()), mock.patch.object(report, 'png', spy):
+    space = {'__name__': '__main__'}
+    with folder() as cwd, inside(cwd):
+        for key, array in arrays(200, H=14, W=14, K=10).items():
+            write_idx(cwd / data.IDX_NAMES[key], array)
+        with mock.patch.object(data, 'find', return_value=cwd), \
+                mock.patch.object(report, 'png', wraps=report.png) as png, \
+                mock.patch.dict(sys.modules, {'IPython.display': None}), \
+                contextlib.redirect_stdout(io.StringIO()):
             for cell in code:
                 exec(compile(cell, 'tour.ipynb', 'exec'), space)
-    assert len(code) > 5 and len(seen) == len(stored) >= 4
+    assert len(code) > 5 and png.call_count == len(stored) >= 4
     assert all(base64.b64decode(image).startswith(b'\x89PNG') for image in stored)

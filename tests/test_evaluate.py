@@ -15,13 +15,12 @@ import features
 def ssim_by_windows(x, y, scale, rows, cols):
     """Wang et al. 2004 for one channel x, y (H, W), window by window."""
     i, j = np.indices((rows, cols))
-    w = np.exp(-((i - rows // 2) ** 2 + (j - cols // 2) ** 2) / (2 * 1.5 ** 2))
-    w, c1, c2, values = w / w.sum(), (0.01 * scale) ** 2, (0.03 * scale) ** 2, []
+    w = np.exp(-((i - rows // 2) ** 2 + (j - cols // 2) ** 2) / (2 * 1.5 ** 2)).ravel()
+    c1, c2, values = (0.01 * scale) ** 2, (0.03 * scale) ** 2, []
     for i, j in itertools.product(range(x.shape[0] - rows + 1), range(x.shape[1] - cols + 1)):
-        a, b = x[i:i + rows, j:j + cols], y[i:i + rows, j:j + cols]
-        ma, mb = (w * a).sum(), (w * b).sum()
-        va, vb, both = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum(), (w * (a - ma) * (b - mb)).sum()
-        values.append((2 * ma * mb + c1) * (2 * both + c2) / ((ma ** 2 + mb ** 2 + c1) * (va + vb + c2)))
+        pair = [v[i:i + rows, j:j + cols].ravel() for v in (x, y)]
+        (a, b), ((va, both), (_, vb)) = np.average(pair, 1, w), np.cov(pair, ddof=0, aweights=w)
+        values.append((2 * a * b + c1) * (2 * both + c2) / ((a ** 2 + b ** 2 + c1) * (va + vb + c2)))
     return np.mean(values)
 
 
@@ -30,18 +29,16 @@ def test_ssim_is_wang_2004_written_out():
         for scale in 1.0, 255.0:
             x = rand(2, C, H, W) * scale
             y = (x + 0.3 * scale * randn(2, C, H, W, seed=1)).clamp(0, scale)
-            a, b = x.double().numpy(), y.double().numpy()
-            wanted = [[ssim_by_windows(a[i, c], b[i, c], scale, *taps) for c in range(C)] for i in range(2)]
-            assert close(evaluate.ssim(x, y, scale), np.mean(wanted, 1), 1e-4)
-    assert close(evaluate.ssim(x, x, scale), [1, 1])
+            wanted = [np.mean([ssim_by_windows(*pair, scale, *taps) for pair in zip(a, b)])
+                      for a, b in zip(x.double().numpy(), y.double().numpy())]
+            assert close(evaluate.ssim(x, y, scale), wanted, 1e-4)
     flat = [torch.full((1, 1, 12, 12), v) for v in (0.2, 0.6)]
     assert close(evaluate.ssim(*flat), [(2 * 0.12 + 1e-4) / (0.04 + 0.36 + 1e-4)], 1e-4)
 
 
 def test_psnr_is_20_db_for_a_tenth_of_the_range():
     x, y = torch.full((2, 1, 8, 8), 0.5), rand(2, 1, 8, 8)
-    assert close(evaluate.psnr(x, x + 0.1), [20, 20], 1e-4)
-    assert close(evaluate.psnr(x * 255, x * 255 + 2.55, 255), [40, 40], 1e-4)
+    assert close(evaluate.psnr(x * 255, x * 255 + 25.5, 255), [20, 20], 1e-4)
     assert close(evaluate.psnr(x, y), -10 * ((x - y) ** 2).mean((1, 2, 3)).log10(), 1e-4)
     assert evaluate.psnr(x, x).tolist() == [math.inf] * 2
 
@@ -54,9 +51,9 @@ def test_nothing_is_left_behind_on_the_cpu():
 
 
 def test_images_of_different_shapes_are_not_compared():
-    for score, other in itertools.product((evaluate.ssim, evaluate.psnr), ((1, 1, 12, 12), (2, 3, 12, 12))):
-        with raises(ValueError, '(2, 1, 12, 12)', other):
-            score(torch.zeros(2, 1, 12, 12), torch.zeros(other))
+    for score in evaluate.ssim, evaluate.psnr:                            # though they would broadcast
+        with raises(ValueError, '(2, 1, 12, 12)', '(1, 1, 12, 12)'):
+            score(torch.zeros(2, 1, 12, 12), torch.zeros(1, 1, 12, 12))
 
 
 def test_reconstruction_is_the_mean_of_the_scores_over_images():
@@ -85,16 +82,15 @@ def test_kmeans_is_lloyd_written_out():
 
 
 def test_kmeans_stops_when_the_centres_shift_little_of_the_variance_of_a_feature():
-    for x in randn(300, 4), randn(300, 4) + 1, randn(300, 4) + 100:
+    for x in randn(300, 4), randn(300, 4) + 100:
         shifts, c = [], x[:5]
         for _ in range(30):
-            new = evaluate.kmeans(x, 5, iterations=1, centres=c)[1]
-            shifts.append(((new - c) ** 2).sum() / x.var(0, correction=0).mean())
-            c = new
+            before, c = c, evaluate.kmeans(x, 5, iterations=1, centres=c)[1]
+            shifts.append(((c - before) ** 2).sum() / x.var(0, correction=0).mean())
         for tol in 0.1, 0.003:
             steps = next(i for i, shift in enumerate(shifts) if shift <= tol) + 1
-            found, wanted = (evaluate.kmeans(x, 5, iterations=i, tol=t, centres=x[:5])[1]
-                             for i, t in ((99, tol), (steps, -1)))
+            found = evaluate.kmeans(x, 5, tol=tol, centres=x[:5])[1]
+            wanted = evaluate.kmeans(x, 5, iterations=steps, tol=-1, centres=x[:5])[1]
             assert close(found, wanted) and 1 < steps < 30
 
 
@@ -103,8 +99,7 @@ def test_distances_do_not_depend_on_where_the_points_stand():
     here, there = (evaluate.kmeans(v, 8, centres=v[:8]) for v in (x, x + 4096))
     assert torch.equal(here[0], there[0]) and close(here[2], there[2], 1e-4)
     assert close(here[1] + 4096, there[1], 1e-6)
-    (i, a), (j, b) = (evaluate.nearest(v, v[:8]) for v in (x, x + 4096))
-    assert torch.equal(i, j) and close(a, b, 1e-4)
+    assert close(evaluate.nearest(x, x[:8])[1], evaluate.nearest(x + 4096, x[:8] + 4096)[1], 1e-4)
 
 
 def test_kmeans_restarts_an_empty_cluster_at_the_farthest_point():
@@ -123,9 +118,8 @@ def test_kmeans_is_finite_for_equal_points_and_refuses_more_clusters_than_points
             index, centres, inertia = evaluate.kmeans(x, k)
             assert centres.isfinite().all() and centres.shape == (k, x.shape[1]) and index.max() < k
             assert inertia < 1e-6 or k == 1
-        for k in 0, len(x) + 1:
-            with raises(ValueError, k, len(x)):
-                evaluate.kmeans(x, k)
+    with raises(ValueError, 7, 6):
+        evaluate.kmeans(torch.ones(6, 3), 7)
 
 
 def cases():
@@ -147,7 +141,6 @@ def test_hungarian_accuracy_is_the_best_of_all_matchings():
         assert len(set(mapping.values())) == len(mapping) == min(len(clusters), len(classes))
         mapped = [mapping.get(p, -1) for p in pred.tolist()]
         assert close(accuracy, best) and close(np.mean(mapped == true), best)
-    assert evaluate.hungarian_accuracy([1, 1, 0, 2], [0, 0, 1, 1])[0] == 0.75      # cluster 2 counts as wrong
 
 
 def test_nmi_is_mutual_information_over_the_mean_entropy_and_stays_within_0_and_1():
@@ -160,7 +153,7 @@ def test_nmi_is_mutual_information_over_the_mean_entropy_and_stays_within_0_and_
             both = np.mean((pred == i) & (true == j))
             mutual += scipy.special.xlogy(both, both / (np.mean(pred == i) * np.mean(true == j)))
         assert close(evaluate.nmi(pred, true), 2 * mutual / (entropy(pred) + entropy(true)), 1e-6)
-    assert evaluate.nmi([0] * 4, [0, 1, 0, 1]) == 0 and evaluate.nmi([7] * 4, [0] * 4) == 1
+    assert evaluate.nmi([7] * 4, [0] * 4) == 1
     rng = np.random.default_rng(0)
     for _ in range(100):                                                  # rounding would pass 1 in some
         labels = rng.integers(0, 10, 400)
@@ -174,8 +167,7 @@ def test_ari_counts_pairs():
         a, b, c, d = (np.sum(v) for v in (same & equal, same & ~equal, ~same & equal, ~same & ~equal))
         wanted = 2 * (a * d - b * c) / ((a + b) * (b + d) + (a + c) * (c + d))
         assert close(evaluate.ari(pred, true), wanted, 1e-6)
-    for pred, true, wanted in (([0] * 4, [0, 1, 0, 1], 0), ([0] * 4, [0] * 4, 1), ([0, 1, 2], [2, 0, 1], 1),
-                               ([5], [3], 1)):
+    for pred, true, wanted in ([0] * 4, [0] * 4, 1), ([0, 1, 2], [2, 0, 1], 1), ([5], [3], 1):
         assert evaluate.ari(pred, true) == wanted
 
 
@@ -186,14 +178,14 @@ def test_purity_is_the_share_of_each_clusters_majority():
 
 
 def test_scores_take_integer_arrays_of_any_kind():
-    scored = evaluate.hungarian_accuracy, evaluate.nmi, evaluate.ari, evaluate.purity
-    pred, true = np.array([0, 1, 200, 200, 1]), np.array([3, 3, 100, 100, 100])    # 200 * 101 is no uint8
-    for kind in np.uint8, np.int16, np.uint64, torch.uint8, torch.int32, torch.int64:
-        p, y = (torch.tensor(v, dtype=kind) if isinstance(kind, torch.dtype) else v.astype(kind)
-                for v in (pred, true))
-        assert [score(p, y) for score in scored] == [score(pred, true) for score in scored]
-        assert evaluate.confusion_matrix(p, y, 201)[100, 200] == 2
-    for p, y in ([0, 1], [0]), ([], []), ([[0]], [[0]]), ([-1, 0], [0, 0]):
+    def scores(pred, true):
+        scored = evaluate.hungarian_accuracy, evaluate.nmi, evaluate.ari, evaluate.purity
+        assert evaluate.confusion_matrix(pred, true, 201)[100, 200] == 2           # 200 * 101 is no uint8
+        return [score(pred, true) for score in scored]
+    pred, true = torch.tensor([0, 1, 200, 200, 1]), torch.tensor([3, 3, 100, 100, 100])
+    p, y = pred.byte(), true.byte()
+    assert scores(p, y) == scores(p.numpy(), y.numpy()) == scores(pred, true)
+    for p, y in ([0, 1], [0]), ([], []), ([-1, 0], [0, 0]):
         with raises(ValueError):
             evaluate.contingency(np.array(p, int), np.array(y, int))
 
@@ -208,37 +200,27 @@ def test_f1_by_loops_and_its_mean_leaves_out_classes_that_are_nowhere():
     pred, true = rng.integers(0, 3, 50).tolist(), rng.integers(0, 4, 50).tolist()
     table = evaluate.confusion_matrix(pred, torch.tensor(true), 6)
     assert table.tolist() == [[list(zip(true, pred)).count((i, j)) for j in range(6)] for i in range(6)]
-    each = [f1_by_loops(pred, true, k) for k in range(6)]
-    assert close(evaluate.f1(table), each) and each[3:] == [0, 0, 0]
-    assert close(evaluate.mean_f1(table), sum(each) / 4)                  # 3 is there, 4 and 5 are not
-    missed = np.array([0, 2, 0, 0, 5, 0])                                 # images that got no class
-    each = [f1_by_loops(pred + [-1] * 7, true + [1] * 2 + [4] * 5, k) for k in range(6)]
-    assert close(evaluate.f1(table, missed), each)
-    assert close(evaluate.mean_f1(table, missed), sum(each) / 5)
-    assert evaluate.mean_f1(np.diag([4, 0, 7])) == 1
+    for missed in [0] * 6, [0, 2, 0, 0, 5, 0]:                            # images that got no class
+        lost = [k for k in range(6) for _ in range(missed[k])]
+        each = [f1_by_loops(pred + [-1] * len(lost), true + lost, k) for k in range(6)]
+        assert close(evaluate.f1(table, np.array(missed)), each)
+        exist = len({*pred, *true, *lost})                                # of the six classes
+        assert close(evaluate.mean_f1(table, np.array(missed)), sum(each) / exist)
 
 
 def logistic_by_scipy(x, y, K, l2):
     """log p (N, K) function of the minimiser of cross-entropy + l2 / 2 |W|^2 on standardised x, float64."""
-    mean, std, n = x.mean(0), x.std(0), len(x)
-    xs, onehot = (x - mean) / std, np.eye(K)[y]
+    mean, std = x.mean(0), x.std(0)
 
     def logp(v, theta):
         W = theta.reshape(-1, K)
-        s = v @ W[:-1] + W[-1]
-        return s - scipy.special.logsumexp(s, 1, keepdims=True)
+        return scipy.special.log_softmax((v - mean) / std @ W[:-1] + W[-1], 1)
 
     def objective(theta):
-        p = logp(xs, theta)
-        W = theta.reshape(-1, K)
-        error = (np.exp(p) - onehot) / n
-        slope = np.vstack([xs.T @ error + l2 * W[:-1], error.sum(0)])
-        return -(p * onehot).sum() / n + l2 / 2 * (W[:-1] ** 2).sum(), slope.ravel()
+        return -logp(x, theta)[np.arange(len(y)), y].mean() + l2 / 2 * (theta[:-K] ** 2).sum()
 
-    start = np.zeros((x.shape[1] + 1) * K)
-    found = scipy.optimize.minimize(objective, start, jac=True, method='L-BFGS-B',
-                                    options=dict(maxiter=5000, ftol=1e-13, gtol=1e-7))
-    return lambda v: logp((v - mean) / std, found.x)
+    found = scipy.optimize.minimize(objective, np.zeros((x.shape[1] + 1) * K), method='L-BFGS-B')
+    return lambda v: logp(v, found.x)
 
 
 def test_linear_probe_is_the_optimum_that_scipy_finds():
@@ -270,8 +252,8 @@ def test_measure_scores_separable_classes_1_and_shuffled_labels_by_chance():
         sure = measure(good)
     assert [len(y) for y in probe.call_args.args[1:4:2]] == [84, 16]      # of training, of validation images
     assert len(kmeans.call_args.args[0]) == 180
-    assert sure['knn'] == sure['probe'] == sure['kmeans_acc'] == sure['kmeans_purity'] == sure['mean_f1'] == 1
-    assert close([sure['kmeans_nmi'], sure['kmeans_ari']], [1, 1]) and sure['f1'] == [1, 1, 1]
+    ones = 'knn', 'probe', 'mean_f1', 'kmeans_acc', 'kmeans_purity', 'kmeans_nmi', 'kmeans_ari'
+    assert close([sure[key] for key in ones], np.ones(7)) and sure['f1'] == [1, 1, 1]
     assert (sure['split'], sure['n'], sure['knn_labels'], sure['probe_labels']) == ('test', 90, 200, 100)
     chance = measure({**good, 'y_test': np.random.default_rng(0).permutation(good['y_test'])})
     assert all(0.2 < chance[key] < 0.5 for key in ('knn', 'probe', 'kmeans_acc', 'kmeans_purity'))
@@ -282,36 +264,29 @@ def test_measure_scores_separable_classes_1_and_shuffled_labels_by_chance():
     assert (renamed['kmeans_acc'], renamed['kmeans_mapping']) == (0, 'train') and renamed['kmeans_nmi'] > 0.99
 
 
-def test_scores_are_the_same_whatever_the_ids_of_the_classes():
-    a = arrays(200, 90)
-    plain = measure(a)
-    for ids in (1, 2, 3), (0, 100, 9999):
-        other = {key: np.array(ids)[v] if key[0] == 'y' else v for key, v in a.items()}
-        assert measure(other) == plain
-
-
 def test_measure_says_what_it_leaves_out():
     a = arrays(200, 90)
     bare = measure({'x_train': a['x_train']})
     assert bare['left_out'] == ['knn', 'probe', 'kmeans'] and (bare['split'], bare['n']) == ('validation', 20)
     assert not {'knn', 'probe', 'kmeans_acc', 'f1'} & set(bare) and bare['features'] == 120
     assert measure({'x_train': a['x_train'], 'x_test': a['x_test']})['split'] == 'test'
-    for keys in ('x_train', 'y_train'), ('x_train', 'y_train', 'x_test'):
-        m = measure({key: a[key] for key in keys})
-        assert (m['split'], m['n'], m['left_out']) == ('validation', 20, []) and m['knn'] == m['probe'] == 1
-        assert m['knn_labels'] == 180 and m['probe_labels'] == 90         # those it is scored on don't vote
-    m = measure({key: v for key, v in a.items() if key != 'y_train'})
+    del a['y_test']
+    m = measure(a)
+    assert (m['split'], m['n'], m['left_out']) == ('validation', 20, []) and m['knn'] == m['probe'] == 1
+    assert m['knn_labels'] == 180 and m['probe_labels'] == 90             # those it is scored on don't vote
+    a = arrays(200, 90)
+    del a['y_train']
+    m = measure(a)
     assert m['left_out'] == ['knn', 'probe'] and m['kmeans_acc'] == 1 and m['kmeans_mapping'] == 'test'
 
 
 def test_images_without_a_label_are_left_out_of_what_needs_labels():
     a = arrays(200, 90)
     a['y_train'][np.random.default_rng(0).permutation(200)[:130]] = -1
-    known, x, x_test = a['y_train'] >= 0, *(torch.tensor(a[key]).flatten(1) for key in ('x_train', 'x_test'))
-    pred = features.knn(x[known], torch.tensor(a['y_train'][known]), x_test).numpy()
-    m = measure(a)
-    assert (m['n'], m['knn_labels'], m['probe_labels']) == (90, 70, 35) and m['probe'] > 0.9
-    assert close(m['knn'], np.mean(pred == a['y_test'])) and m['kmeans_acc'] > 0.9
+    known, m = a['y_train'] >= 0, measure(a)
+    few = measure({**a, 'x_train': a['x_train'][known], 'y_train': a['y_train'][known]})
+    assert (m['n'], m['knn_labels'], m['probe_labels'], m['knn']) == (90, 70, 35, few['knn'])
+    assert m['probe'] > 0.9 and m['kmeans_acc'] > 0.9
     m = measure({key: a[key] for key in ('x_train', 'y_train')})
     among = known[data.split(200, 20, 0)[1]].sum()                        # of the validation images
     assert (m['n'], m['knn_labels'], m['probe']) == (among, 70 - among, 1)
@@ -326,49 +301,55 @@ def test_measure_classifier_counts_hits_on_the_test_set():
     a = arrays(40, 30)
     predict, encode = (lambda x: x[:, 0, 5, :3]), (lambda x: x[:, 0, 5])  # nonsense, but repeatable
     m, shown = evaluate.measure_classifier(data.make_dataset('tiny', a), predict, encode)
-    pred, true = [row[5, :3].argmax() for row in a['x_test']], a['y_test'].tolist()
-    each = [f1_by_loops(pred, true, k) for k in range(3)]
+    pred, true = a['x_test'][:, 5, :3].argmax(1).tolist(), a['y_test'].tolist()
+    table = evaluate.confusion_matrix(pred, true, 3)
     assert close(m['accuracy'], np.mean(pred == a['y_test'])) and (m['split'], m['n']) == ('test', 30)
-    assert close(m['f1'], each) and close(m['mean_f1'], sum(each) / 3) and shown['h'].shape == (30, 12)
-    assert m['confusion'] == evaluate.confusion_matrix(pred, true, 3).tolist()
+    assert m['confusion'] == table.tolist() and close(m['f1'], evaluate.f1(table))
+    assert close(m['mean_f1'], evaluate.mean_f1(table)) and shown['h'].shape == (30, 12)
     bare = data.make_dataset('tiny', {'x_train': a['x_train']})
     m, shown = evaluate.measure_classifier(bare, predict, encode)
     assert 'accuracy' not in m and m['left_out'] and len(shown['x']) == 40
 
 
-def clusters(x, K):
-    """The class of an image (B, 1, 10, 12) in 0..1, of some the next one."""
-    return (x[:, 0, [1, 4, 8]].mean(2).argmax(1) + ((255 * x[:, 0, 0, 0]).round() % 4 == 0)) % K
+K = 5
+
+
+def clusters(x):
+    """(B,) of K clusters: the class of an image (B, 1, 10, 12), of some another one."""
+    return x[:, 0, [1, 4, 8]].mean(2).argmax(1) + 2 * ((255 * x[:, 0, 0, 0]).round() % 4 == 0)
+
+
+def measure_clusters(a):
+    """evaluate.measure_clusters of arrays by `clusters`."""
+    ds = data.make_dataset('some', a)
+    predict, encode = (lambda x: torch.eye(K)[clusters(x)]), (lambda x: x[:, 0, 0, :4])
+    return evaluate.measure_clusters(ds, predict, encode, K, clusters(data.to_float(ds.x_train)))
 
 
 def test_clusters_get_the_names_that_training_labels_give_them_and_unmatched_ones_are_wrong():
     a = arrays(60, 30)
     a['y_test'] = (a['y_test'] + 1) % 3                                   # these would name them so
-    ds = data.make_dataset('tiny', a)
+    train, pred = (clusters(torch.tensor(a[x])[:, None] / 255).tolist() for x in ('x_train', 'x_test'))
+    m, shown = measure_clusters(a)
+    best = max(itertools.permutations([0, 1, 2, -1, -1], K),
+               key=lambda names: sum(names[c] == y for c, y in zip(train, a['y_train'])))
+    named = [best[c] for c in pred]
+    each = [f1_by_loops(named, a['y_test'], k) for k in range(3)]
+    assert close(m['acc'], np.mean(named == a['y_test'])) and m['acc'] < 0.5
+    assert close(m['f1'], each) and close(m['mean_f1'], sum(each) / 3)
+    assert (m['split'], m['mapping'], m['live_clusters']) == ('test', 'training', len(set(pred)))
+    assert shown['clusters'].tolist() == pred and sum(m['sizes']) == 30
+    h = torch.nn.functional.normalize(shown['h'], dim=1)
+    assert close(shown['centres'][0], h[shown['clusters'] == 0].mean(0))
 
-    def measure_clusters(K, *keys):
-        some = data.make_dataset('some', {key: a[key] for key in keys or a})
-        train = data.to_float(ds.x_train)
-        predict, encode = (lambda x: torch.eye(K)[clusters(x, K)]), (lambda x: x[:, 0, 0, :4])
-        return evaluate.measure_clusters(some, predict, encode, K, clusters(train, K))
 
-    for K in 2, 3, 5:                                                     # fewer, as many, more than classes
-        m, shown = measure_clusters(K)
-        train, pred = (clusters(data.to_float(x), K).tolist() for x in (ds.x_train, ds.x_test))
-        best = max(itertools.permutations([0, 1, 2, -1, -1], K),
-                   key=lambda names: sum(names[c] == y for c, y in zip(train, a['y_train'])))
-        named = [best[c] for c in pred]
-        each = [f1_by_loops(named, a['y_test'], k) for k in range(3)]
-        assert close(m['acc'], np.mean(named == a['y_test'])) and m['acc'] < 0.5
-        assert close(m['f1'], each) and close(m['mean_f1'], sum(each) / 3)
-        assert (m['split'], m['mapping'], m['live_clusters']) == ('test', 'training', len(set(pred)))
-        assert shown['clusters'].tolist() == pred and sum(m['sizes']) == 30
-        h = torch.nn.functional.normalize(shown['h'], dim=1)
-        assert close(shown['centres'][0], h[shown['clusters'] == 0].mean(0))
-    m, _ = measure_clusters(3, 'x_train', 'x_test')
-    assert 'acc' not in m and m['left_out'] and m['split'] == 'test'
+def test_clusters_are_scored_on_the_training_images_where_the_test_set_has_no_labels():
+    a = arrays(60, 30)
     a['y_train'][:20] = -1
-    m, shown = measure_clusters(3, 'x_train', 'y_train')
-    hits = clusters(data.to_float(ds.x_train), 3)[20:] == ds.y_train[20:]
-    assert (m['split'], m['n']) == ('training', 40) and close(m['acc'], hits.double().mean())
-    assert torch.equal(shown['y'], ds.y_train[20:]) and len(shown['x']) == 40
+    del a['y_test']
+    m, shown = measure_clusters(a)
+    assert (m['split'], m['n']) == ('training', 40) and len(shown['x']) == 40
+    assert shown['y'].tolist() == a['y_train'][20:].tolist() and m['acc'] > 0.5
+    del a['y_train']
+    m, _ = measure_clusters(a)
+    assert 'acc' not in m and m['left_out'] and m['split'] == 'test'
