@@ -96,7 +96,8 @@ class LabelDatabase:
         except (sqlite3.Error, OverflowError, UnicodeError) as e:
             if 'locked' in str(e):
                 raise ValueError(f'{self.path} is in use by another program; try again') from None
-            raise ValueError(f'{self.path} can not be used as a label database ({e})') from None
+            reason = ' '.join(str(e).split())
+            raise ValueError(f'{self.path} can not be used as a label database ({reason})') from None
 
     def _rows(self, sql, *values):
         with self._one_sentence():
