@@ -40,7 +40,7 @@ def damage(blob, rng):
     return bytes(blob)
 
 
-STRANGE = [None, True, -1, 1e299, 10 ** 40, '', '\0', '../x', [], {}, [None], {'x': 1}]
+STRANGE = [None, True, -1, 0.5, 1e299, 10 ** 40, '', 'x', '\0', '../x', [], {}, [[]], [None], {'x': 1}]
 
 
 def strange_json(blob, rng):
