@@ -244,7 +244,11 @@ def evaluate(args):
     ds = data_of(folder, network.config, args.data)
     network.args.tensorboard = network.config['args']['tensorboard'] = args.tensorboard
     run = runs.Run(folder, network.config, resume=True)
-    MODULES.get(network.args.method, pretrain).measure(run, network.args, ds, network.model, network.device)
+    module = MODULES.get(network.args.method, pretrain)
+    try:
+        module.measure(run, network.args, ds, network.model, network.device)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as e:      # it may be edited by hand
+        raise ValueError(f'{folder} can not be measured: does its config.json fit? ({e!r})') from e
 
 
 def export(folder, path, new=None, args=None):
