@@ -37,6 +37,11 @@ def main(args, typed, defaults):
         return 130
     except (RuntimeError, MemoryError) as e:
         raise advice(e) from None
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as e:
+        folder = args.evaluate or (args.export or args.predict or [''])[0]
+        if not folder:
+            raise
+        raise ValueError(f'{folder} can not be used: does its config.json fit it? ({e!r})') from e
     return 0
 
 
@@ -244,11 +249,7 @@ def evaluate(args):
     ds = data_of(folder, network.config, args.data)
     network.args.tensorboard = network.config['args']['tensorboard'] = args.tensorboard
     run = runs.Run(folder, network.config, resume=True)
-    module = MODULES.get(network.args.method, pretrain)
-    try:
-        module.measure(run, network.args, ds, network.model, network.device)
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as e:      # it may be edited by hand
-        raise ValueError(f'{folder} can not be measured: does its config.json fit? ({e!r})') from e
+    MODULES.get(network.args.method, pretrain).measure(run, network.args, ds, network.model, network.device)
 
 
 def export(folder, path, new=None, args=None):

@@ -131,7 +131,7 @@ def read_config(folder):
                          f'{", ".join(others[:20]) or "none"}')
     config = read_json(path)
     try:
-        config['args']['method'] + config['data']['digest'], config['args']['seed'] + 0     # of the right types
+        config['args']['method'] + config['data']['digest'], config['args']['seed'] + 0   # of the right types
     except (KeyError, TypeError):
         raise ValueError(f'{path} lacks the arguments or the data; was it written by ssl.py?') from None
     return config
