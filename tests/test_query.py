@@ -288,6 +288,22 @@ def test_queries_stop_by_enough_random_answers_and_the_interval_is_told_everywhe
         assert 'add x_test' in out                            # there is no test set to score on
 
 
+def test_the_ids_of_the_classes_are_the_users_own_in_every_output():
+    a, ids = arrays(), np.array([3, 7, 900])
+    with place(**{key: ids[v] if key[0] == 'y' else v for key, v in a.items()}) as cwd:
+        ok(*tiny('query'))
+        written = [int(row['label']) for row in rows_of(cwd / 'runs/query/predictions.csv')]
+        out = ok('--predict runs/query tiny.npz').splitlines()[1:]
+        assert {int(line.split(',')[1]) for line in out} == set(written) <= set(ids.tolist())
+        ok('--export runs/query e.npz')
+        found = np.load(cwd / 'e.npz')
+        given = found['labels'][:120] >= 0
+        assert given.any() and found['labels'][120:].tolist() == ids[a['y_test']].tolist()
+        assert found['labels'][:120][given].tolist() == ids[a['y_train']][given].tolist()
+        right = np.array(written)[given] == ids[a['y_train']][given]
+        assert right.all()                                    # labels that were given are in the table
+
+
 def test_file_names_are_carried_to_the_end():
     x, y = images(60, 16, 16, C=3)
     wanted = {f'{"abc"[k]}/photo {i}.png' for i, k in enumerate(y)}
