@@ -57,7 +57,7 @@ else:
              'random': 'untrained encoder', 'pixels': 'raw pixels', 'pca': 'principal components'}
     EXAMPLES = """examples, with what two CPU cores gave on Fashion-MNIST:
   python ssl.py --method ae                      5 epochs in about 10 s: test MSE .011, SSIM .68
-  python ssl.py --method simclr                  12 epochs in about 10 min: kNN 89 %, probe 87 %
+  python ssl.py --method simclr                  12 epochs in 10 to 30 min: kNN 89 %, probe 87 %
   python ssl.py --method classify --encoder runs/simclr --labels 0.1     about 90 % of the test set right
   python ssl.py --method simclr --temperature 0.5        kept as runs/simclr-temperature=0.5
   python ssl.py --method query --oracle web --data my.npz --classes cat,dog,other      label them on a page
