@@ -173,7 +173,8 @@ def in_a_fork(words, cwd, fault, rng):
         train.SAVE_EVERY = rng.choice([1e-9, 0.02, 60])
         if fault == 'disk full':
             import resource
-            resource.setrlimit(resource.RLIMIT_FSIZE, (int(10 ** rng.uniform(2, 5.3)),) * 2)
+            size = int(10 ** rng.uniform(2.5, 5.3))           # of any file; the error itself has room
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         code = cli().main([str(word) for word in words])
     except SystemExit as e:
         code = e.code
