@@ -131,9 +131,11 @@ def read_config(folder):
                          f'{", ".join(others[:20]) or "none"}')
     config = read_json(path)
     try:
-        config['args']['method'] + config['data']['digest'], config['args']['seed'] + 0   # of the right types
+        found = config['args']['method'], config['args']['seed'], config['data']['digest']
     except (KeyError, TypeError):
-        raise ValueError(f'{path} lacks the arguments or the data; was it written by ssl.py?') from None
+        found = ()
+    if [type(value) for value in found] != [str, int, str]:
+        raise ValueError(f'{path} lacks the arguments or the data; was it written by ssl.py?')
     return config
 
 
