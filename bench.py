@@ -285,6 +285,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     device.limit_threads()
     device.keep_memory()
+    torch.set_flush_denormal(True)
     where = device.pick_device(args.device)
     setup = Setup(where, device.amp_by_default(where), args.scale)
     measured = {}

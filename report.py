@@ -182,18 +182,7 @@ def by_setting(found):
     return list(groups.values())
 
 
-def compare(folders):
-    """Table of runs as rows of cells: those that differ only by seed are one row, mean±deviation over seeds.
-
-    A run that can't be read is named in a printed line; ValueError if none can.
-    """
-    found, errors = read_runs(folders)
-    for error in errors:
-        print(f'left out: {error}')
-    return rows_of(found)
-
-
-def rows_of(found):
+def table_rows(found):
     there = {key for *_, metrics in found for key in metrics if metrics[key] is not None}
     columns = [(key, name, form) for key, name, form in COLUMNS if key in there]
     lines = [['run', 'seeds'] + [name for _, name, _ in columns]]
@@ -219,9 +208,15 @@ def cell(done, key, form):
     return mean + '±' + f'{statistics.stdev(values):{form}}'.rstrip('%')
 
 
-def write_comparison(path, folders):
-    """One page about many runs: the table of compare(), accuracy against labels, validation losses."""
+def compare(folders, path):
+    """Table of runs as rows of cells; writes a page at `path` with it, accuracies by labels, and losses.
+
+    Runs that differ only by seed are one row, mean±deviation over seeds. A run that can't be read is named in
+    a printed line and on the page; ValueError if none can.
+    """
     found, errors = read_runs(folders)
+    for error in errors:
+        print(f'left out: {error}')
     losses = {}
     for folder, config, _ in found:
         curve = [(row['epoch'], row.get('val_loss')) for row in runs.read_log(folder)]
@@ -231,13 +226,15 @@ def write_comparison(path, folders):
         links.append([])
         for folder, config, _ in group:
             links[-1].append((config['args']['seed'], os.path.relpath(folder, Path(path).parent)))
+    rows = table_rows(found)
     write_page(path, {
         'title': 'Runs compared',
-        'table': rows_of(found),
+        'table': rows,
         'links': links,
         'errors': errors,
         'accuracy': accuracy_curves(found),
         'losses': losses})
+    return rows
 
 
 def accuracy_curves(found):

@@ -108,14 +108,14 @@ else:
             ('--evaluate', path, 'measure a finished RUN again'),
             ('--compare', dict(nargs='*', metavar='RUN'), 'print one table of these runs, all finished ones '
              'without a name, and write runs/report.html'),
-            ('--list', ON, 'say of each run in runs/ whether it is finished, stopped or running'),
+            ('--list', ON, 'say of each run: finished, stopped or running'),
             ('--export', dict(nargs='+', type=path, metavar=('RUN NPZ', 'NEW')), 'write the features that a '
              'finished run gives all its images, or those of a file or folder NEW, as an .npz'),
             ('--predict', dict(nargs=2, type=path, metavar=('RUN', 'FILE')), 'print what class or cluster a '
              'finished run gives new images (.npz with x, x_train or x_test, IDX file, folder of images), '
              'as CSV'),
             ('--show-views', dict(nargs='?', const='views.png', metavar='PNG'),
-             'write originals and two augmented views of each as a PNG'),
+             'write images and two views of each as a PNG'),
             ('--search', number(int, 1, 10**4), 'try so many settings of the method, scored without the test '
              'set, and print the best command'),
             ('--over', dict(nargs='+', type=span, metavar='FLAG=LOW:HIGH'),
@@ -130,7 +130,7 @@ else:
             ('--limit', number(int, 20, 10**9), 'use only the first so many training images; those with '
              'labels come first'),
             ('--name', {}, 'run folder under runs/ (default: the method and what differs from its defaults)'),
-            ('--resume', ON, 'continue an unfinished run to the same result; a finished one is left alone'),
+            ('--resume', ON, 'continue an unfinished run, to the same result'),
             ('--overwrite', ON, 'start again in an existing run folder'),
             ('--device', {}, 'cuda, cuda:1, mps or cpu (default: cuda if there is a card, else cpu)'),
             ('--seed', number(int, 0, 2**31 - 1), 'of weights, split, order, augmentation'),
@@ -146,8 +146,7 @@ else:
              'average-pooled map'),
         ],
         'training': [
-            ('--epochs', number(int, 0, 10**6), 'passes over the training images (cluster: of each '
-             'iteration)'),
+            ('--epochs', number(int, 0, 10**6), 'passes over the images (cluster: of an iteration)'),
             ('--batch-size', number(int, 2, 10**6), 'images a step, of all processes together'),
             ('--lr', number(float, 0, 1e9, above=True), 'peak learning rate of AdamW'),
             ('--weight-decay', number(float, 0, 10), 'not applied to norms and biases'),
@@ -171,7 +170,7 @@ else:
             ('--labels', number(float, 0, 1e9, above=True), 'how many labels to pay for, or below 1 their '
              'share'),
             ('--pick', ('random', 'coverage', 'informative'), 'which: random, coverage (classify: '
-             'k-means medoids of the features) or informative (query: where its errors are)'),
+             'k-means medoids) or informative (query: likely errors)'),
             ('--freeze', YES_NO, 'train only the head; the encoder keeps every bit'),
             ('--mixup', number(float, 0, 100), 'alpha of mixup; 0 is none'),
             ('--sam', number(float, 0, 100), 'radius of sharpness-aware minimisation; 0 is none, else twice '
@@ -214,29 +213,39 @@ else:
         def error(self, message):
             self.exit(2, f'ssl.py: {message}\n')           # one sentence, without the usage lines
 
-    def default_text(key):
-        """' (default: ...)' of a flag, taken from where the default is kept."""
-        by_method = {method: own[key] for method, own in DEFAULTS.items() if own.get(key) is not None}
+    def default_text(key, method):
+        """' (default: ...)' of a flag: that of the method, else the one that all methods have in common."""
+        values = {name: own[key] for name, own in DEFAULTS.items()
+                  if own.get(key) is not None and method in (None, name)}
         if key in ('data', 'seed'):
             return f' (default: {COMMON[key]})'
-        if not by_method or key == 'decay_epochs':
+        if len(set(map(str, values.values()))) != 1:
             return ''
-        if len(set(map(str, by_method.values()))) == 1:
-            return f' (default: {next(iter(by_method.values()))}; for {", ".join(by_method)})'
-        return ' (default: ' + ', '.join(f'{method} {value}' for method, value in by_method.items()) + ')'
+        names = '' if method else f'; for {", ".join(values)}'
+        return f' (default: {next(iter(values.values()))}{names})'
 
-    def make_parser():
-        p = Parser(prog='ssl.py', description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
-                   formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    def make_parser(method=None):
+        """The parser; with a method its help shows only what that takes."""
+        p = Parser(prog='ssl.py', usage='ssl.py [--method NAME] [flags]', description=__doc__,
+                   epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+                   allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+        p.add_argument('-h', '--help', **ON, help='show this, or what --method NAME takes')
         for title, flags in FLAGS.items():
             group = p.add_argument_group(title)
             for name, kind, help in flags:
+                key = name.strip('-').replace('-', '_')
+                if method and takers(key) and method not in takers(key):
+                    continue
                 if isinstance(kind, tuple):
                     kind = {'choices': kind, 'metavar': 'NAME'}
                 options = kind if isinstance(kind, dict) else {'type': kind, 'metavar': 'X'}
-                help += default_text(name.strip('-').replace('-', '_'))
+                help += default_text(key, method)
                 group.add_argument(name, help=help.replace('%', '%%'), **options)
         return p
+
+    def takers(key):
+        """Names of the methods that take a flag; none if it is not a method's."""
+        return [name for name, own in DEFAULTS.items() if key in own]
 
     # -------------------------------------------------------------------------------------- parsing
 
@@ -248,6 +257,9 @@ else:
         mistake."""
         parser = make_parser()
         typed = vars(parser.parse_args(argv))
+        if 'help' in typed:
+            make_parser(typed.get('method')).print_help()
+            parser.exit()
         command = next((key for key in COMMANDS if key in typed), None)
         method = typed.get('method', 'simclr' if command == 'show_views' else None)
         if method is None and command is None:
@@ -281,10 +293,9 @@ else:
     def check_method(parser, method, typed):
         """What is typed must do something for the method."""
         for key in typed:
-            takers = [name for name, own in DEFAULTS.items() if key in own]
-            if takers and method not in takers:
+            if takers(key) and method not in takers(key):
                 parser.error(f'{typed_flag(key)} does nothing for --method {method}; '
-                             f'it is for {", ".join(takers)}')
+                             f'it is for {", ".join(takers(key))}')
         picks = {'classify': 'coverage', 'query': 'informative'}.get(method)
         if typed.get('pick', 'random') not in ('random', picks):
             parser.error(f'--pick {typed["pick"]} does nothing for --method {method}; '

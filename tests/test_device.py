@@ -63,6 +63,14 @@ def test_free_memory_heeds_a_containers_limit():
         assert found('4096') == 4096 and 1 << 20 < found('max') < 1 << 50 and found(str(1 << 60)) < 1 << 50
 
 
+def test_numbers_too_small_to_matter_are_zero_on_every_thread():
+    code = ('import argparse, commands, torch; torch.set_num_threads(2); '
+            'commands.start_device(argparse.Namespace(deterministic=False, device="cpu")); '
+            'print((torch.full((1 << 22,), 1e-30) * 1e-10).any().item())')
+    out, err = python('-c', code).communicate(timeout=120)
+    assert out == 'False\n', out + err
+
+
 STEPS = '''
 import ctypes, resource, sys, device
 libc = ctypes.CDLL(None)

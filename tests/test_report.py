@@ -80,7 +80,7 @@ def test_compare_gives_mean_and_sample_deviation_over_seeds_and_the_same_seed_tw
         there.append(made(f / 'again', 'simclr', {'knn': 0.1}, seed=1))
         there.append(made(f / 'elsewhere', 'simclr', {'knn': 0.2}, seed=3, digest='of other data'))
         there.append(made(f / 'a', 'simclr', None, temperature=0.2))
-        lines = report.compare(there)
+        lines = report.compare(there, f / 'report.html')
         assert lines == [
             ['run', 'seeds', 'kNN', 'epochs', 'seconds'], ['b', '3', '70.0%±20.0', '7', '10'],
             ['again', '1', '10.0%', '-', '-'], ['elsewhere', '1', '20.0%', '-', '-'],
@@ -94,16 +94,16 @@ def test_an_estimate_stands_in_a_table_with_its_interval():
         for seed, low in enumerate((0.5, 0.6)):
             metrics = {'estimate': low + 0.2, 'estimate_low': low, 'estimate_high': low + 0.3}
             there.append(made(f / f'q-seed={seed}', 'query', metrics, seed=seed))
-        assert report.compare(there)[1] == ['q', '2', '75.0% (55.0 to 85.0)']
+        assert report.compare(there, f / 'report.html')[1] == ['q', '2', '75.0% (55.0 to 85.0)']
 
 
 def test_a_comparison_names_what_it_leaves_out_and_wants_one_run():
     with folder() as f:
         good = made(f / 'good', 'ae', {'mse': 0.1})
-        report.write_comparison(f / 'report.html', [f / 'goood', good])
+        report.compare([f / 'goood', good], f / 'report.html')
         assert len(content(f / 'report.html')['errors']) == 1
         with raises(ValueError, 'is not a run folder', good):
-            report.compare([f / 'goood'])
+            report.compare([f / 'goood'], f / 'report.html')
 
 
 # -------------------------------------------------------------------------------------------- pages
@@ -177,7 +177,7 @@ def evil_pages(f):
     config = {'args': {'method': 'classify', 'seed': 0, EVIL: EVIL}, 'data': data, 'command': EVIL,
               'versions': {}, 'machine': {}}
     report.write_report(there, config, METRICS, shown)
-    report.write_comparison(f / 'report.html', [there])
+    report.compare([there], f / 'report.html')
     return there / 'report.html', f / 'report.html'
 
 
@@ -198,9 +198,9 @@ def test_comparison_has_one_curve_over_labels_for_runs_that_differ_in_nothing_el
         made(f / 'other', 'classify', {'labels': 100, 'accuracy': 0.5}, labels=100)
         made(f / 'vae', 'vae', {'mse': 0.1}, [{'epoch': 1, 'val_loss': 2.0}, {'epoch': 2}])
         there = sorted(f.iterdir())
-        report.write_comparison(f / 'report.html', there)
+        rows = report.compare(there, f / 'report.html')
         page = content(f / 'report.html')
-        assert page['table'] == report.compare(there) and len(page['table']) == 1 + 2 + 2
+        assert page['table'] == rows and len(page['table']) == 1 + 2 + 2
         assert page['accuracy'].keys() == {'few', 'other'}
         assert close(page['accuracy']['few'], [[100, 0.015], [1000, 0.105]])
         assert page['losses']['vae'] == {'vae': [[1, 2.0], [2, None]]}
