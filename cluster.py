@@ -28,7 +28,7 @@ PROPAGATED = 10                 # neighbours that a cluster is propagated from
 
 # ---------------------------------------------------------------------------------------------- scan
 
-def scan_heads(h, near, K, heads=HEADS, entropy=ENTROPY, steps=800, batch=4096, lr=3e-3, seed=0):
+def scan_heads(h, near, K, heads=HEADS, entropy=ENTROPY, steps=800, batch=1024, lr=3e-3, seed=0):
     """Probabilities (N, K) by the consensus of linear cluster heads on frozen features h (N, D).
 
     All heads are trained at once by SCAN's loss (arXiv 2005.12320, eq. 2) on pairs of a row and one of its

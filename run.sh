@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains each method on Fashion-MNIST, measures all in the same way, prints a table, writes runs/report.html.
-#   bash run.sh                     10 to 20 minutes on two CPU cores
+#   bash run.sh                     about 10 minutes on two CPU cores
 #   bash run.sh quick               the same steps on few images, about 2 minutes; its numbers mean nothing
 #   bash run.sh full [SEED ...]     the long schedules of docs/results.md, seeds 0 and 1 unless given: hours
 #   bash run.sh labels [SEED ...]   classifiers from 100 to 60,000 labels, from scratch and from simclr
@@ -12,7 +12,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 rows='pixels pca random ae conv vae simclr classify scan query control'   # control: query, but at random
 
 settings() {   # the flags of row $2 in schedule $1 with seed $3, beside the defaults of its method
-  case $1 in short) echo --limit 20000 ;; quick) echo --limit 1000 ;; esac
+  case $1 in short) echo --limit 15000 ;; quick) echo --limit 1000 ;; esac
   case $2 in classify | scan | query | control) echo --encoder "runs/$1-simclr-$3" ;; esac
   case $2 in control) echo --pick random ;; esac
   case $1-$2 in
@@ -62,7 +62,7 @@ train() {   # name of the run, method, flags
 
 schedule=${1:-short} seeds=${*:2} runs=()
 case $schedule in
-  short)   seeds=0; echo 'run.sh: every method on 20,000 images; 10 to 20 minutes on two CPU cores' ;;
+  short)   seeds=0; echo 'run.sh: every method on 15,000 images; about 10 minutes on two CPU cores' ;;
   quick)   seeds=0; echo 'run.sh: every method on 1,000 images; about 2 minutes; the numbers mean nothing' ;;
   full)    seeds=${seeds:-0 1}; echo "run.sh: every method on all images; hours for each seed: $seeds" ;;
   labels)  seeds=${seeds:-0}; echo "run.sh: simclr and 22 classifiers; hours for each seed: $seeds" ;;
