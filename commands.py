@@ -21,7 +21,7 @@ from device import amp_by_default, keep_memory, limit_threads, pick_device, set_
 NO_MEMORY = ('out of memory', "can't allocate memory", 'not enough memory', 'bad_alloc')     # torch's words
 # Steps of the optimizer, at least, in so many epochs; with fewer, little is learned.
 LEAST_STEPS = {**dict.fromkeys(('ae', 'conv', 'vae', 'simclr'), {'epochs': 500}), 'cluster': {'epochs': 100},
-               'query': {'round_epochs': 50, 'decay_epochs': 200}}
+               'query': {'epochs': 50, 'decay_epochs': 200}}
 MODULES = {'classify': query, 'query': query, 'cluster': cluster, 'scan': cluster}      # all others: pretrain
 
 
@@ -59,9 +59,6 @@ def advice(e):
 def run_command(args, typed, defaults):
     if args.compare is not None:
         compare(args.compare)
-    elif args.list:
-        folders = sorted(path.parent for path in Path('runs').glob('*/config.json'))
-        print('\n'.join(f'{f}: {runs.state(f)}' for f in folders) or 'runs/ holds no run yet')
     elif args.evaluate:
         evaluate(args)
     elif args.export:
@@ -85,9 +82,9 @@ def run_name(method, typed, defaults):
     """Name of a run: its method and the arguments that differ from the defaults."""
     changed = {}
     for key, value in typed.items():
-        in_name = key in ('data', 'answers') or key not in runs.NOT_IN_IDENTITY | {'method', 'search', 'over'}
+        in_name = key == 'data' or key not in runs.NOT_IN_IDENTITY | {'method'}
         if in_name and value != defaults[key]:
-            is_path = key in ('data', 'encoder', 'answers')
+            is_path = key in ('data', 'encoder', 'oracle')
             changed[key] = Path(value).name.removesuffix('.npz') if is_path else value
     return runs.default_name(method, changed)
 
@@ -137,7 +134,7 @@ def continued(args, typed, folder):
     """The arguments of a run that is resumed: those it was started with, and what was typed."""
     before = runs.read_config(folder)['args']
     now = {key: value for key, value in vars(args).items()
-           if key in typed or key in runs.NOT_IN_IDENTITY - {'data', 'answers'}}
+           if key in typed or key in runs.NOT_IN_IDENTITY - {'data'}}
     return argparse.Namespace(**{**vars(args), **before, **now})
 
 
@@ -197,15 +194,16 @@ def keep_score(run, args, score, what):
 
 
 def search(args, typed):
-    """Try settings from the ranges --over, each as a run of its own, and print them, the best first."""
+    """Try settings from the ranges of --search, each as a run of its own, and print them, the best first."""
     start_device(args)
     say = print if distributed.rank() == 0 else lambda *_: None
     if args.method == 'simclr' and load_data(args).y_train is None:
         raise ValueError('the losses of these settings can not be compared with each other, and the data has '
                          'no labels to judge by')
-    plain = {key: value for key, value in typed.items() if key not in ('search', 'over')}
+    plain = {key: value for key, value in typed.items() if key != 'search'}
     trials = []
-    for i, setting in enumerate(settings(args.over, args.search, args.seed)):
+    n, *ranges = args.search
+    for i, setting in enumerate(settings(ranges, n, args.seed)):
         name = f'{args.name}-{i:02}'
         trial = argparse.Namespace(**{**vars(args), **setting, 'name': name})
         try:
@@ -319,11 +317,16 @@ def predict(folder, path, args):
 
 
 def compare(folders):
-    """Print one table of these runs, by default all finished ones; write runs/report.html about them."""
-    folders = folders or sorted(path.parent for path in Path('runs').glob('*/metrics.json'))
+    """Print one table of these runs, by default all finished ones, with a line on each that is not finished;
+    write runs/report.html about those of the table."""
+    there = () if folders else sorted(path.parent for path in Path('runs').glob('*/config.json'))
+    for folder in there:
+        if (folder / 'metrics.json').exists():
+            folders.append(folder)
+        else:
+            print(f'{folder}: {runs.state(folder)}')
     if not folders:
         return print('runs/ holds no finished run yet')
-    Path('runs').mkdir(exist_ok=True)
     print(report.table(report.compare(folders, 'runs/report.html')))
     print('-> runs/report.html')
 

@@ -68,28 +68,29 @@ def check(args, ds):
     K, from_data = len(ds.classes), args.oracle == 'data'
     if from_data and ds.y_train is None:
         raise ValueError(f'--method {args.method} needs labels, and the data has no y_train; '
-                         '--oracle web (query) asks you, --oracle file reads a CSV')
+                         '--oracle web (query) asks you, --oracle labels.csv reads a CSV')
     if K < 2:
         raise ValueError(f'--method {args.method} needs two classes or more, and the data names {K}; '
                          'say for instance --classes cat,dog,other')
     if not from_data and distributed.many():
         raise ValueError(f'--oracle {args.oracle} works with one process only')
     most = len(ds.labelled()) if from_data else len(ds.x_train)
-    if args.method == 'query' and args.rounds > args.budget:
-        raise ValueError(f'--rounds {args.rounds} is more than the --budget of {args.budget} labels')
-    flag, n = '--budget', getattr(args, 'budget', most)
-    if args.method == 'classify' and from_data:
-        flag, n = '--labels', number_of_labels(args, ds)
+    if args.method == 'classify' and not from_data:
+        return                                                  # as many labels as the file has
+    n = number_of_labels(args, ds)
     if not K <= n <= most:
-        raise ValueError(f'{flag} asks for {n:,} labels; wanted from {K}, the number of classes, to '
+        raise ValueError(f'--labels asks for {n:,} labels; wanted from {K}, the number of classes, to '
                          f'{most:,}, the number of images that can be asked about')
+    if getattr(args, 'rounds', 1) > n:
+        raise ValueError(f'--rounds {args.rounds} is more than the --labels {n}')
 
 
 def number_of_labels(args, ds):
-    """How many labels --labels stands for: a share below 1, or their number."""
+    """How many labels --labels stands for: a share below 1 of what can be asked about, or their number."""
     if args.labels > 1 and args.labels % 1:
         raise ValueError(f'--labels {args.labels:g} is neither a whole number nor a share below 1')
-    return int(args.labels) if args.labels >= 1 else round(args.labels * len(ds.labelled()))
+    images = ds.labelled() if args.oracle == 'data' else ds.x_train
+    return int(args.labels) if args.labels >= 1 else round(args.labels * len(images))
 
 
 def open_database(folder, ds, oracle=None, budget=0):
@@ -115,8 +116,8 @@ def classify(run, args, ds, device):
 
 
 def buy_labels(run, args, ds, device):
-    """(ids, labels) of --labels images picked by --pick, or of those in the --answers file."""
-    if args.oracle == 'file':
+    """(ids, labels) of --labels images picked by --pick, or of those in a CSV."""
+    if args.oracle != 'data':
         known = read_answers(run, args, ds)
         picked, ask = torch.tensor(sorted(known)), lambda ids: [known[i] for i in ids]
     else:
@@ -133,17 +134,17 @@ def buy_labels(run, args, ds, device):
 
 
 def answers_file(database, run, args, ds):
-    """The --answers file as an oracle."""
-    return oracle.File(database, ds.x_train, ds.classes, args.answers, run.folder, ds.names_train, ds.ids)
+    """The CSV of --oracle."""
+    return oracle.File(database, ds.x_train, ds.classes, args.oracle, run.folder, ds.names_train, ds.ids)
 
 
 def read_answers(run, args, ds):
-    """{id: label} of the --answers file, without those that could not be told."""
+    """{id: label} of the CSV of --oracle, without those that could not be told."""
     database = open_database(run.folder, ds, budget=len(ds.x_train))
     answers = answers_file(database, run, args, ds).read()
     known = {i: label for i, label in answers.items() if label is not None}
     if not known:
-        raise ValueError(f'{args.answers} holds no label')
+        raise ValueError(f'{args.oracle} holds no label')
     return known
 
 
@@ -166,10 +167,10 @@ def query(run, args, ds, device):
         for now in range(args.rounds + 1):
             ids, y, more = distributed.from_first(questions.round(now) if questions else None)
             rounds = args.rounds if more else now
-            planned = rounds * args.round_epochs + args.decay_epochs
+            planned = rounds * args.epochs + args.decay_epochs
             objective = partial(consistency, labelled=(ds.x_train[ids].to(device), y.to(device)),
                                 views=views_of(args), threshold=args.threshold)
-            trainer.fit(objective, x, last=(now + 1) * args.round_epochs if more else planned, of=planned,
+            trainer.fit(objective, x, last=(now + 1) * args.epochs if more else planned, of=planned,
                         after_step=partial(model.follow, args.ema))
             if not more:
                 break
@@ -191,12 +192,13 @@ class Questions:
         self.run, self.args, self.ds, self.trainer, self.device = run, args, ds, trainer, trainer.device
         ask_data = ds.y_train.__getitem__ if args.oracle == 'data' else None
         self.pool = ds.labelled() if ask_data else torch.arange(len(ds.x_train))        # what can be asked
-        self.database = open_database(run.folder, ds, ask_data, args.budget)
+        self.budget = number_of_labels(args, ds)
+        self.database = open_database(run.folder, ds, ask_data, self.budget)
         self.more = True
         if args.oracle == 'web':
-            own = open_database(run.folder, ds, budget=args.budget)     # for the threads that serve the page
+            own = open_database(run.folder, ds, budget=self.budget)     # for the threads that serve the page
             self.person = oracle.Web(own, ds.x_train, ds.classes, args.rounds, self.left, args.port)
-        elif args.oracle == 'file':
+        elif args.oracle != 'data':
             self.person = answers_file(self.database, run, args, ds)
 
     def left(self):
@@ -206,7 +208,7 @@ class Questions:
     def round(self, now):
         """(ids, labels) of all images paid for in the rounds up to this one, and did it ask for any?"""
         database, trainer = self.database, self.trainer
-        begun = trainer.epoch > now * self.args.round_epochs + 1 or trainer.step > 0
+        begun = trainer.epoch > now * self.args.epochs + 1 or trainer.step > 0
         if begun and now not in database.rounds():
             raise ValueError(f'{database.path} lost its labels, which --resume needs; '
                              '--overwrite starts again')
@@ -225,7 +227,7 @@ class Questions:
     def choose(self, now):
         """Choose the questions of a round and write them down. The ids in here are places in the pool."""
         args, pool, seed = self.args, self.pool, f'{self.args.seed} round {now}'
-        n = args.budget * (now + 1) // args.rounds - self.database.spent if now < args.rounds else 0
+        n = self.budget * (now + 1) // args.rounds - self.database.spent if now < args.rounds else 0
         taken = torch.searchsorted(pool, self.database.asked()).to(self.device)
         if len(taken) == len(pool) and not self.database.spent:
             raise ValueError('every image was skipped, so there is no label to learn from')
@@ -275,7 +277,7 @@ class Questions:
         _, estimate = self.database.rounds()[now]
         by_class = torch.bincount(self.database.labels_of_round()[1], minlength=len(self.ds.classes)).tolist()
         line = (f'round {now + 1}: {given} labels, {skipped} skipped, {self.database.spent} of '
-                f'{self.args.budget} spent, by class {by_class}')
+                f'{self.budget} spent, by class {by_class}')
         if wrong is not None:
             line += f', {wrong:.0%} of them had been predicted wrong'
         if now:
@@ -297,7 +299,7 @@ def validation_score(run, args, ds, model, device):
         estimate = database.rounds()[max(database.rounds())][1]
         if estimate is None:
             raise ValueError('--search of query goes by the estimated accuracy, and there are too few random '
-                             'queries to tell; add --audit or --budget')
+                             'queries to tell; add --audit or --labels')
         return estimate.mean, 'the accuracy estimated from the random queries'
     ids, y = database.labels_of_round()
     n = held_out(args, len(ids))

@@ -227,6 +227,7 @@ def compare(folders, path):
         for folder, config, _ in group:
             links[-1].append((config['args']['seed'], os.path.relpath(folder, Path(path).parent)))
     rows = table_rows(found)
+    Path(path).parent.mkdir(exist_ok=True)
     write_page(path, {
         'title': 'Runs compared',
         'table': rows,
@@ -242,8 +243,8 @@ def accuracy_curves(found):
     curves = {}
     for folder, config, metrics in found:
         if metrics.get('labels') and metrics.get('accuracy'):
-            name = re.sub('-(seed|labels|budget)=[0-9.]+', '', folder.name)
-            key = setting(config, 'labels', 'budget')
+            name = re.sub('-(seed|labels)=[0-9.]+', '', folder.name)
+            key = setting(config, 'labels')
             points = curves.setdefault(key, (name, {}))[1]
             points.setdefault(metrics['labels'], []).append(metrics['accuracy'])
     series = {}

@@ -18,13 +18,13 @@ settings() {   # the flags of row $2 in schedule $1 with seed $3, beside the def
   case $1-$2 in
     short-ae)      echo --epochs 10 ;;
     short-random | short-conv | short-vae | short-simclr) echo --width 0.25 ;;   # half of it, or less
-    short-query)   echo --budget 300 --rounds 3 --round-epochs 1 --decay-epochs 2 ;;
-    short-control) echo --budget 300 --rounds 1 --round-epochs 3 --decay-epochs 2 ;;   # its labels at once
-    quick-query | quick-control) echo --budget 100 --rounds 2 --round-epochs 1 --decay-epochs 1 ;;
+    short-query)   echo --labels 300 --rounds 3 --epochs 1 --decay-epochs 2 ;;
+    short-control) echo --labels 300 --rounds 1 --epochs 3 --decay-epochs 2 ;;   # its labels at once
+    quick-query | quick-control) echo --labels 100 --rounds 2 --epochs 1 --decay-epochs 1 ;;
     quick-ae | quick-conv | quick-vae | quick-simclr | quick-classify) echo --epochs 1 ;;
     full-conv | full-vae) echo --epochs 10 ;;
-    full-query)    echo --budget 1000 --audit 0 ;;
-    full-control)  echo --budget 1000 --rounds 1 --round-epochs 30 ;;
+    full-query)    echo --labels 1000 --audit 0 ;;
+    full-control)  echo --labels 1000 --rounds 1 --epochs 30 ;;
   esac
 }
 

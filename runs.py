@@ -29,7 +29,7 @@ import augment
 import data
 import features
 import nets
-from device import autocast, clock, pick_device, set_deterministic
+from device import autocast, pick_device, set_deterministic
 
 try:
     import fcntl
@@ -37,8 +37,7 @@ except ImportError:                                     # Windows has no flock; 
     fcntl = None
 
 # arguments that say how a run is made, not what it is: they may change on --resume
-NOT_IN_IDENTITY = {'name', 'resume', 'overwrite', 'device', 'data', 'answers', 'port', 'tensorboard',
-                   'search', 'over'}
+NOT_IN_IDENTITY = {'name', 'resume', 'overwrite', 'device', 'data', 'port', 'tensorboard', 'search'}
 CHECKPOINTS = ('checkpoint.new.pt', 'checkpoint.pt', 'checkpoint.previous.pt')          # newest first
 
 
@@ -148,18 +147,14 @@ def read_finished(folder):
 
 
 def state(folder):
-    """One line about a run folder: running, finished, or stopped at which epoch, or what is wrong with it."""
+    """One line about an unfinished run: running, or stopped, at which epoch; or what is wrong with it."""
     folder = Path(folder)
     try:
         args, rows = read_config(folder)['args'], trained(read_log(folder))
-        finished = (folder / 'metrics.json').exists() and read_json(folder / 'metrics.json')
     except (ValueError, OSError) as e:
         return str(e)
     of = f' of {args["epochs"]}' if 'epochs' in args and 'iterations' not in args else ''
-    at = f'epoch {rows[-1]["epoch"] if rows else 0}{of}'
-    if finished:
-        return 'finished' + (f' after {at}, {clock(rows[-1].get("seconds") or 0)}' if rows else '')
-    return f'{"running" if locked(folder) else "stopped"} at {at}'
+    return f'{"running" if locked(folder) else "stopped"} at epoch {rows[-1]["epoch"] if rows else 0}{of}'
 
 
 def locked(folder):

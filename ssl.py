@@ -21,7 +21,7 @@ else:
     VIEWS = dict(crop=0.5, flip=True, rotate=10.0, jitter=0.4, grey=0.0, blur=0.0, cutout=0.4, noise=0.0)
     HEAD = dict(encoder=None, net='resnet', width=1.0, freeze=False, amp=None, lr=1e-3, weight_decay=5e-4,
                 warmup=1.0, sam=0.0)                    # what classifiers and clusterings share
-    LABELS = dict(oracle='data', answers=None, classes=None)
+    LABELS = dict(oracle='data', classes=None)
     DEFAULTS = {
         'ae': dict(net='fc', width=1.0, latent=64, epochs=5, batch_size=128, lr=1e-3, weight_decay=0.0,
                    warmup=0.0, decay_epochs=0, amp=None, noise=0.0),
@@ -36,8 +36,8 @@ else:
         'classify': dict(**HEAD, **LABELS, labels=0.1, pick='random', epochs=20, batch_size=128,
                          decay_epochs=None, mixup=0.2,
                          **{**VIEWS, 'crop': 0.7, 'rotate': 5.0, 'jitter': 0.2, 'cutout': 0.3}),
-        'query': dict(**HEAD, **LABELS, port=0, pick='informative', budget=1000, until=None, audit=0.1,
-                      rounds=10, round_epochs=3, decay_epochs=10, batch_size=256, threshold=0.95, ema=0.997,
+        'query': dict(**HEAD, **LABELS, port=0, pick='informative', labels=1000, until=None, audit=0.1,
+                      rounds=10, epochs=3, decay_epochs=10, batch_size=256, threshold=0.95, ema=0.997,
                       **VIEWS),
         'scan': dict(encoder=None, amp=None, clusters=10, neighbours=50),
         'cluster': dict(**HEAD, clusters=10, neighbours=50, iterations=30, epochs=1, decay_epochs=5,
@@ -47,8 +47,8 @@ else:
         'pixels': {},
     }
     COMMON = dict(data='fashion-mnist', size=None, limit=None, name=None, resume=False, overwrite=False,
-                  device=None, seed=0, deterministic=False, tensorboard=False, search=None, over=())
-    COMMANDS = dict(evaluate=None, compare=None, list=False, export=None, predict=None, show_views=None)
+                  device=None, seed=0, deterministic=False, tensorboard=False, search=None)
+    COMMANDS = dict(evaluate=None, compare=None, export=None, predict=None, show_views=None)
     ABOUT = {'ae': 'fully connected autoencoder', 'conv': 'convolutional residual autoencoder',
              'vae': 'variational autoencoder', 'simclr': 'contrastive learning',
              'classify': 'classifier from few labels', 'query': 'classifier that asks for its labels',
@@ -87,12 +87,11 @@ else:
             raise argparse.ArgumentTypeError('it is empty; wanted a path')
         return Path(text).as_posix()
 
-    def span(text):
-        """Type of --over: 'lr=1e-4:1e-2' -> ('lr', '1e-4', '1e-2')."""
-        key, _, ends = text.partition('=')
-        if not key or ends.count(':') != 1:
-            raise argparse.ArgumentTypeError(f'{text!r} is not understood; wanted for instance lr=1e-4:1e-2')
-        return key.replace('-', '_'), *ends.split(':')
+    def oracle(text):
+        """Type of --oracle: data, web, or a file with a suffix."""
+        if text not in ('data', 'web') and not Path(text).suffix:
+            raise argparse.ArgumentTypeError(f'{text!r} is not known; wanted data, web or a CSV as a.csv')
+        return text
 
     COUNT, SHARE = number(int, 1, 10**9), number(float, 0, 1)
     ON, YES_NO = {'action': 'store_true'}, {'action': argparse.BooleanOptionalAction}
@@ -106,9 +105,8 @@ else:
             ('--method', tuple(ABOUT), 'train it (the last three have nothing to train) and measure it: '
              + ', '.join(f'{k} = {v}' for k, v in ABOUT.items())),
             ('--evaluate', path, 'measure a finished RUN again'),
-            ('--compare', dict(nargs='*', metavar='RUN'), 'print one table of these runs, all finished ones '
-             'without a name, and write runs/report.html'),
-            ('--list', ON, 'say of each run: finished, stopped or running'),
+            ('--compare', dict(nargs='*', metavar='RUN'), 'print one table of these runs, and write '
+             'runs/report.html; without a name of all, and how far unfinished ones are'),
             ('--export', dict(nargs='+', type=path, metavar=('RUN NPZ', 'NEW')), 'write the features that a '
              'finished run gives all its images, or those of a file or folder NEW, as an .npz'),
             ('--predict', dict(nargs=2, type=path, metavar=('RUN', 'FILE')), 'print what class or cluster a '
@@ -116,10 +114,8 @@ else:
              'as CSV'),
             ('--show-views', dict(nargs='?', const='views.png', metavar='PNG'),
              'write images and two views of each as a PNG'),
-            ('--search', number(int, 1, 10**4), 'try so many settings of the method, scored without the test '
-             'set, and print the best command'),
-            ('--over', dict(nargs='+', type=span, metavar='FLAG=LOW:HIGH'),
-             'what --search varies: numeric flags and their ranges'),
+            ('--search', dict(nargs='+', metavar=('N', 'FLAG=LOW:HIGH')), 'try N settings from these ranges, '
+             'scored without the test set, and print the best command'),
         ],
         'data and run folder': [
             ('--data', path, 'fashion-mnist, stl10 or cifar10 (found in data/ or downloaded), a folder of '
@@ -146,7 +142,7 @@ else:
              'average-pooled map'),
         ],
         'training': [
-            ('--epochs', number(int, 0, 10**6), 'passes over the images (cluster: of an iteration)'),
+            ('--epochs', number(int, 0, 10**6), 'passes over the images (cluster, query: of a round)'),
             ('--batch-size', number(int, 2, 10**6), 'images a step, of all processes together'),
             ('--lr', number(float, 0, 1e9, above=True), 'peak learning rate of AdamW'),
             ('--weight-decay', number(float, 0, 10), 'not applied to norms and biases'),
@@ -167,8 +163,8 @@ else:
         ],
         'few labels': [
             ('--encoder', path, 'finished run whose encoder to start from; without it from scratch'),
-            ('--labels', number(float, 0, 1e9, above=True), 'how many labels to pay for, or below 1 their '
-             'share'),
+            ('--labels', number(float, 0, 1e9, above=True), 'how many labels to pay for (query: at '
+             'most), or below 1 their share'),
             ('--pick', ('random', 'coverage', 'informative'), 'which: random, coverage (classify: '
              'k-means medoids) or informative (query: likely errors)'),
             ('--freeze', YES_NO, 'train only the head; the encoder keeps every bit'),
@@ -177,18 +173,15 @@ else:
              'the time'),
         ],
         'queries': [
-            ('--oracle', ('data', 'web', 'file'), 'who answers: data (y_train), web (you, on a page '
-             'that it serves to this machine alone) or file (an --answers CSV)'),
-            ('--answers', path, 'CSV of lines id or file name, class; for --oracle file'),
+            ('--oracle', oracle, 'who gives the labels: data (y_train), web (you, on a page that it serves '
+             'to this machine alone) or the name of a CSV: id or file name, class'),
             ('--classes', {}, 'what the classes are called, as in cat,dog,other; needed where no '
              'labels of the data tell'),
             ('--port', number(int, 0, 65535), 'of the page; 0: any that is free'),
-            ('--budget', COUNT, 'how many labels to pay for at most'),
             ('--until', number(float, 0, 1, above=True), 'stop asking when the interval of the estimated '
              'accuracy lies above this'),
             ('--audit', SHARE, 'share of the queries drawn at random, from which the accuracy is estimated'),
-            ('--rounds', COUNT, 'in how many parts the budget is spent'),
-            ('--round-epochs', COUNT, 'epochs between two rounds'),
+            ('--rounds', COUNT, 'in how many parts the labels are asked for'),
             ('--threshold', SHARE, 'how confident the teacher must be of a pseudo-label'),
         ],
         'clusters': [
@@ -280,7 +273,7 @@ else:
 
     def check_command(parser, command, typed):
         """What is typed must do something with the command."""
-        takes = {'compare': (), 'list': (), 'export': ('device', 'data', 'overwrite'), 'predict': ('device',),
+        takes = {'compare': (), 'export': ('device', 'data', 'overwrite'), 'predict': ('device',),
                  'evaluate': ('device', 'data', 'tensorboard')}.get(command, typed)
         for key in typed:
             if key != command and key not in takes:
@@ -302,7 +295,7 @@ else:
                          f'wanted random or {picks}')
         if method in ('ae', 'conv', 'vae', 'pca') and typed.get('latent') == 0:
             parser.error(f'--latent of --method {method} is wanted from 1 up')
-        least = 1 if method == 'cluster' or 'search' in typed else 0
+        least = 1 if method in ('cluster', 'query') or 'search' in typed else 0
         if typed.get('epochs', 1) < least:
             parser.error(f'--epochs is wanted from {least} up here')
 
@@ -312,38 +305,46 @@ else:
             parser.error('--resume and --overwrite exclude each other')
         if 'name' in typed and (Path(typed['name']).name != typed['name'] or typed['name'] in ('', '..')):
             parser.error(f'--name {typed["name"]!r} is not a plain folder name')
-        for key in {'net', 'width'} & {*typed, *(span[0] for span in typed.get('over', ()))}:
+        for key in {'net', 'width'} & {*typed}:
             if 'encoder' in typed:
                 parser.error(f'--{key} is that of the --encoder run; leave it out')
-        if ('answers' in typed) != (typed.get('oracle') == 'file') and 'resume' not in typed:
-            parser.error('--oracle file and --answers CSV go together')
         if method == 'classify' and typed.get('oracle') == 'web':
             parser.error('--oracle web asks in rounds; use --method query')
-        if ('search' in typed) != ('over' in typed):
-            parser.error('--search N and --over FLAG=LOW:HIGH go together')
 
     def check_search(parser, method, typed):
-        """--search needs a score, --over numeric flags of the method. Fills in their ends as numbers."""
+        """--search needs a score, and numeric flags of the method. Fills in [N, (flag, low, high), ...]."""
         scored = 'ae', 'conv', 'vae', 'simclr', 'classify', 'query'
         if method not in scored or typed.get('oracle', 'data') != 'data':
             parser.error(f'--search has no score here: it is for {", ".join(scored)}, with --oracle data')
         types = {action.dest: action.type for action in parser._actions}
-        numeric = [key for key in DEFAULTS[method] if 'number' in getattr(types.get(key), '__qualname__', '')]
-        if method != 'simclr':                             # it is scored by the loss, which these change
-            numeric = [key for key in numeric if key not in ('beta', 'noise')]
-        for i, (key, *ends) in enumerate(typed['over']):
-            over = '--over ' + key.replace('_', '-')
-            if key not in numeric or key in typed:
-                parser.error(f'{over}: wanted one of {", ".join(numeric)}, not given as a flag too')
+        fixed = {*typed, *(['width'] if 'encoder' in typed else [])}
+        if method != 'simclr':                             # others are scored by the loss, which these change
+            fixed |= {'beta', 'noise'}
+        numeric = [key for key in DEFAULTS[method]
+                   if 'number' in getattr(types.get(key), '__qualname__', '') and key not in fixed]
+        n, *texts = typed['search']
+        if not texts:
+            parser.error('--search wants N FLAG=LOW:HIGH ..., as in --search 20 lr=1e-4:1e-2')
+        ranges = []
+        for text in texts:
+            name, _, ends = text.partition('=')
+            key = name.replace('-', '_')
+            if key not in numeric:
+                parser.error(f'--search {text}: wanted one of {", ".join(numeric)}, as in lr=1e-4:1e-2')
+            low, _, high = ends.partition(':')
             try:
-                low, high = map(types[key], ends)
+                low, high = types[key](low), types[key](high)
             except argparse.ArgumentTypeError as e:
-                parser.error(f'{over}: {e}')
+                parser.error(f'--search {text}: {e}')
             if not low < high:
-                parser.error(f'{over} wants a lower end and a higher one')
+                parser.error(f'--search {text} wants a lower end and a higher one')
             if key == 'labels' and low >= 1:               # a number of them, not a share
                 low, high = round(low), round(high)
-            typed['over'][i] = key, low, high
+            ranges.append((key, low, high))
+        try:
+            typed['search'] = [number(int, 1, 10**4)(n), *ranges]
+        except argparse.ArgumentTypeError as e:
+            parser.error(f'--search {e}')
 
     # ----------------------------------------------------------------------------------------- main
 

@@ -42,7 +42,7 @@ TINY = {                                                      # flags of runs of
     'vae': f'{STEPS} --epochs 2 --latent 4',
     'simclr': f'{STEPS} --epochs 2',
     'classify': '--no-amp --width 0.1 --epochs 2 --batch-size 2000 --labels 15',        # an epoch is 6,000
-    'query': f'{STEPS} --budget 15 --rounds 2 --round-epochs 1 --decay-epochs 0',
+    'query': f'{STEPS} --labels 15 --rounds 2 --epochs 1 --decay-epochs 0',
     'cluster': f'{STEPS} --clusters 3 --neighbours 5 --iterations 2 --epochs 1 --decay-epochs 0',
     'scan': '--no-amp --clusters 3 --neighbours 5',
     'random': '--no-amp --width 0.1',

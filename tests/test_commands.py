@@ -34,7 +34,7 @@ def table_of(out, name):
 
 
 def test_a_search_scores_without_the_test_set_and_its_best_command_gives_the_best_run_again():
-    over = '--search 3 --over lr=1e-5:1e-2'
+    over = '--search 3 lr=1e-5:1e-2'
     with place() as cwd:
         with mock.patch.object(evaluate, 'measure', side_effect=AssertionError('the test set was read')):
             out = ok(*tiny('ae'), over)
@@ -50,22 +50,22 @@ def test_a_search_scores_without_the_test_set_and_its_best_command_gives_the_bes
         for method in 'simclr', 'classify':
             ok(*tiny(method), over)
         for wrong, said in ('lr=3:1', 'lower'), ('lr=0:1', 'lr'), ('lr', 'lr'), ('net=1:2', 'net'):
-            refused(*tiny('ae'), '--search 2 --over', wrong, said=[said, '--over'])
-        refused(*tiny('ae'), '--search 2', said=['--over'])
+            refused(*tiny('ae'), '--search 2', wrong, said=[said, '--search'])
+        refused(*tiny('ae'), '--search 2', said=['FLAG=LOW:HIGH'])
         write_npz(cwd / 'tiny.npz', x_train=images(60)[0])
         refused(*tiny('simclr'), over, '--overwrite', said=['no labels'])
 
 
 def test_training_that_diverges_is_told_and_ranks_last_in_a_search():
-    out = ok(*tiny('classify'), '--search 2 --over lr=1e-3:1e9')
+    out = ok(*tiny('classify'), '--search 2 lr=1e-3:1e9')
     first, second = table_of(out, 'classify')
     assert 'not finite' in out and math.isfinite(float(first[-1])) and second[-1] == '-inf', out
-    refused(*tiny('classify'), '--search 2 --over lr=9e8:1e9 --name all', said=['every'])
+    refused(*tiny('classify'), '--search 2 lr=9e8:1e9 --name all', said=['every'])
 
 
 # ------------------------------------------------------------------------------------- finished runs
 
-def test_list_says_what_state_each_run_is_in():
+def test_compare_says_how_far_unfinished_runs_are():
     posix()
     import fcntl
     with folder() as cwd, inside(cwd):
@@ -74,12 +74,12 @@ def test_list_says_what_state_each_run_is_in():
         (cwd / 'runs/half/metrics.json').unlink()
         log = cwd / 'runs/half/log.jsonl'
         log.write_text(log.read_text().splitlines()[0] + '\n')
-        done, half = run('--list')[1].splitlines()
-        assert done.startswith('runs/done: finished after epoch 2 of 2, 0:0')
+        half, head, done, _ = run('--compare')[1].splitlines()
         assert half == 'runs/half: stopped at epoch 1 of 2'
+        assert head.startswith('run ') and done.startswith('done ')
         with open(cwd / 'runs/half/.lock') as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            assert 'runs/half: running at epoch 1 of 2' in run('--list')[1]
+            assert 'runs/half: running at epoch 1 of 2' in run('--compare')[1]
 
 
 def test_export_holds_the_features_of_all_images_with_what_labels_are_known():

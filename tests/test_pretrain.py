@@ -123,7 +123,7 @@ def test_few_images_one_class_and_missing_classes_are_learned_and_one_image_is_r
             x, y = images(n, 8, 8)
             write_npz(cwd / 'tiny.npz', x_train=x, y_train=2 * y, x_test=x, y_test=2 * y)       # no 1, no 3
             for method in TRAINED if batch > 8 else UNLABELLED:
-                few = {'query': '--budget 9', 'classify': '--labels 9'}.get(method, '--overwrite')
+                few = {'query': '--labels 9', 'classify': '--labels 9'}.get(method, '--overwrite')
                 out = ok(*tiny(method), '--overwrite --batch-size', batch, few)
                 assert 'nan' not in out
         write_npz(cwd / 'tiny.npz', x_train=x, y_train=0 * y, x_test=x, y_test=0 * y)

@@ -93,7 +93,7 @@ def test_no_label_is_bought_where_there_is_none():
             ids, y = bought(cwd / 'runs' / method)
             assert len(ids) == 15 and set(ids) <= set(labelled.tolist()) and y == Y[ids].tolist()
         refused(*tiny('classify'), '--labels 41 --name x', said=['40'])
-        refused(*tiny('query'), '--budget 41 --name x', said=['40'])
+        refused(*tiny('query'), '--labels 41 --name x', said=['40'])
 
 
 def test_a_classifier_starts_from_any_encoder_and_a_frozen_one_keeps_every_bit():
@@ -111,12 +111,12 @@ REFUSED = {                                                   # method and flags
     'classify --labels 121': '121', 'classify --labels 20.5': 'whole number',
     'classify --encoder runs/none': 'runs/none', 'classify --encoder PCA': 'no encoder',
     'classify --encoder SIMCLR --data other.npz': '(1, 8, 12)', 'classify --encoder SIMCLR --net fc': '--net',
-    'query --data bare.npz': 'y_train', 'query --budget 121': '120', 'query --budget 2': 'classes',
-    'query --rounds 16': '15', 'query --oracle file': '--answers', 'query --answers a.csv': '--oracle file',
+    'query --data bare.npz': 'y_train', 'query --labels 121': '120', 'query --labels 2': 'classes',
+    'query --rounds 16': '15', 'query --oracle file': 'a.csv',
     'query --classes a,b': '3', 'query --classes a,b,a': 'twice',
     'query --oracle web --data bare.npz': 'classes',
     'query --oracle web --data bare.npz --classes one': 'two classes',
-    'query --oracle web --search 2 --over lr=1e-4:1e-2': '--oracle'}
+    'query --oracle web --search 2 lr=1e-4:1e-2': '--oracle'}
 
 
 def test_what_can_not_start_is_one_line_and_leaves_no_run():
@@ -240,7 +240,7 @@ def test_answers_from_a_file_make_the_same_run_and_what_is_missing_is_written_do
     names = 'cat', 'dog', 'other'
     with place(**UNLABELLED_DATA) as cwd:
         there, answers = cwd / 'runs/query', cwd / 'a.csv'
-        flags = tiny('query', '--oracle file --answers a.csv --resume --classes cat,dog,other')
+        flags = tiny('query', '--oracle a.csv --resume --classes cat,dog,other')
         answers.touch()
 
         def missing():
@@ -263,9 +263,9 @@ def test_answers_from_a_file_make_the_same_run_and_what_is_missing_is_written_do
 
 def test_classify_learns_from_a_file_of_labels_as_another_run_leaves_it():
     with place(**UNLABELLED_DATA) as cwd:
-        flags = without('--labels', tiny('classify', '--overwrite --oracle file --classes 0,1,2'))
+        flags = without('--labels', tiny('classify', '--overwrite --classes 0,1,2'))
         for file in finished('query') / 'labels.csv', finished('query') / 'predictions.csv':
-            ok(*flags, '--answers', file)
+            ok(*flags, '--oracle', file)
             wanted = {int(row['id']): int(row['class']) for row in rows_of(file)}
             assert dict(zip(*bought(cwd / 'runs/classify'))) == wanted
 
@@ -275,7 +275,7 @@ def test_classify_learns_from_a_file_of_labels_as_another_run_leaves_it():
 def test_queries_stop_by_enough_random_answers_and_the_interval_is_told_everywhere():
     x, y = images(400)
     with place(x_train=x, y_train=y) as cwd:
-        out = ok(*tiny('query'), '--rounds 8 --budget 320 --until 0.2')
+        out = ok(*tiny('query'), '--rounds 8 --labels 320 --until 0.2')
         there = cwd / 'runs/query'
         m, (*asked, (last, estimate)) = measured(there), database(there).rounds().values()
         assert last == 0 and m['labels'] == 40 * len(asked) < 320
@@ -283,7 +283,7 @@ def test_queries_stop_by_enough_random_answers_and_the_interval_is_told_everywhe
         assert [m[key] for key in ('estimate', 'estimate_low', 'estimate_high')] == [*estimate[:3]]
         assert m['estimate_low'] < m['estimate'] < m['estimate_high'] and m['audits'] >= 12
         assert all(f'{100 * share:.1f}' in out for share in estimate[:3])
-        out = ok(*tiny('query'), '--rounds 8 --budget 24 --audit 0.25 --name few')
+        out = ok(*tiny('query'), '--rounds 8 --labels 24 --audit 0.25 --name few')
         assert 'too few to say' in out and 'estimate' not in measured(cwd / 'runs/few')
         assert 'add x_test' in out                            # there is no test set to score on
 
