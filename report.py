@@ -107,12 +107,13 @@ def estimate_of(metrics):
 def measures(metrics):
     """metrics.json as rows (name, value, convention)."""
     rows = []
-    known = {'audits': 'under a dozen', 'predictor': predictor(metrics), **metrics}
+    known = {'predictor': predictor(metrics), **metrics}
     for key, name, form, _, convention in MEASURES:
-        if key == 'estimate' and metrics['method'] == 'query':
-            rows.append((name, estimate_of([metrics]), convention.format(**known)))
-        elif metrics.get(key) is not None:
-            rows.append((name, f'{metrics[key]:{form}}', convention.format(**known)))
+        if metrics.get(key) is not None:
+            value = estimate_of([metrics]) if key == 'estimate' else f'{metrics[key]:{form}}'
+            rows.append((name, value, convention.format(**known)))
+        elif key == 'estimate' and metrics['method'] == 'query':
+            rows.append((name, 'too few to say', 'under a dozen random answers'))
     return rows
 
 
