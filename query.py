@@ -276,8 +276,8 @@ class Questions:
         _, given, skipped, wrong = self.database.round_counts(now)
         _, estimate = self.database.rounds()[now]
         by_class = torch.bincount(self.database.labels_of_round()[1], minlength=len(self.ds.classes)).tolist()
-        line = (f'round {now + 1}: {given} labels, {skipped} skipped, {self.database.spent} of '
-                f'{self.budget} spent, by class {by_class}')
+        asked = f'round {now + 1}: {given} labels, {skipped} skipped' if given or skipped else 'the end'
+        line = f'{asked}, {self.database.spent} of {self.budget} spent, by class {by_class}'
         if wrong is not None:
             line += f', {wrong:.0%} of them had been predicted wrong'
         if now:

@@ -153,7 +153,8 @@ def state(folder):
         args, rows = read_config(folder)['args'], trained(read_log(folder))
     except (ValueError, OSError) as e:
         return str(e)
-    of = f' of {args["epochs"]}' if 'epochs' in args and 'iterations' not in args else ''
+    in_rounds = 'rounds' in args or 'iterations' in args
+    of = f' of {args["epochs"]}' if 'epochs' in args and not in_rounds else ''
     return f'{"running" if locked(folder) else "stopped"} at epoch {rows[-1]["epoch"] if rows else 0}{of}'
 
 

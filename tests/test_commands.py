@@ -74,7 +74,10 @@ def test_compare_says_how_far_unfinished_runs_are():
         (cwd / 'runs/half/metrics.json').unlink()
         log = cwd / 'runs/half/log.jsonl'
         log.write_text(log.read_text().splitlines()[0] + '\n')
-        half, head, done, _ = run('--compare')[1].splitlines()
+        shutil.copytree(finished('query'), cwd / 'runs/asks')
+        (cwd / 'runs/asks/metrics.json').unlink()
+        asks, half, head, done, _ = run('--compare')[1].splitlines()
+        assert asks == 'runs/asks: stopped at epoch 2'        # nobody knows yet how often it will ask
         assert half == 'runs/half: stopped at epoch 1 of 2'
         assert head.startswith('run ') and done.startswith('done ')
         with open(cwd / 'runs/half/.lock') as lock:
