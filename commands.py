@@ -144,12 +144,12 @@ def fit_to_size(args, typed, n):
         return
     if 'batch_size' not in typed:
         args.batch_size = min(args.batch_size, max(16, n // 8))
-    steps = data.steps_per_epoch(n, args.batch_size)
+    steps, in_rounds = data.steps_per_epoch(n, args.batch_size), args.method in ('query', 'cluster')
     for key, least in LEAST_STEPS.get(args.method, {}).items():
         epochs = getattr(args, key)
         if key not in typed:
             setattr(args, key, max(epochs, math.ceil(least / steps)))
-        elif key == 'epochs' and epochs * steps < least and distributed.rank() == 0:
+        elif key == 'epochs' and not in_rounds and epochs * steps < least and distributed.rank() == 0:
             print(f'only {epochs * steps} steps: little will be learned; more --epochs or a smaller '
                   '--batch-size make more of them')
 

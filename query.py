@@ -4,6 +4,7 @@ that say most, and learns from all other images too. `learn` trains, `measure` s
 import math
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,6 +77,8 @@ def check(args, ds):
         raise ValueError(f'--oracle {args.oracle} works with one process only')
     most = len(ds.labelled()) if from_data else len(ds.x_train)
     if args.method == 'classify' and not from_data:
+        if not Path(args.oracle).is_file():
+            raise ValueError(f'--oracle {args.oracle}: there is no such file')
         return                                                  # as many labels as the file has
     n = number_of_labels(args, ds)
     if not K <= n <= most:

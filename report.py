@@ -167,7 +167,7 @@ def without_seed(text):
 
 def setting(config, *but):
     """What runs that differ only by seed, or in the flags `but`, have in common, as text."""
-    ignored = runs.NOT_IN_IDENTITY | {'seed', *but}
+    ignored = runs.NOT_IN_IDENTITY | {'seed', 'oracle', *but}
     kept = [(key, value) for key, value in sorted(config['args'].items()) if key not in ignored]
     return without_seed(repr([config['data']['digest'], kept]))         # an encoder's name holds one too
 

@@ -284,6 +284,8 @@ class Run:
     def _check_same(self, old, new, typed):
         before = old['args']
         for key in sorted(set(typed) - NOT_IN_IDENTITY):
+            if key == 'oracle' and not {'data', 'web'} & {before.get(key), new['args'][key]}:
+                continue                                        # a CSV may move
             if before.get(key) != new['args'][key]:
                 raise ValueError(f'{self.folder} was started with {flag(key, before.get(key))}, not '
                                  f'{flag(key, new["args"][key])}, which can not change on --resume; '

@@ -46,6 +46,7 @@ else:
         'pca': dict(latent=64),
         'pixels': {},
     }
+    DEFAULT_WORDS = dict(decay_epochs='all after warm-up', amp='where it is faster')         # for None
     COMMON = dict(data='fashion-mnist', size=None, limit=None, name=None, resume=False, overwrite=False,
                   device=None, seed=0, deterministic=False, tensorboard=False, search=None)
     COMMANDS = dict(evaluate=None, compare=None, export=None, predict=None, show_views=None)
@@ -147,8 +148,8 @@ else:
             ('--lr', number(float, 0, 1e9, above=True), 'peak learning rate of AdamW'),
             ('--weight-decay', number(float, 0, 10), 'not applied to norms and biases'),
             ('--decay-epochs', number(int, 0, 10**6), 'epochs at the end in which the learning rate falls '
-             'to 0 by half a cosine (default: all after warm-up; ae 0, query 10, cluster 5)'),
-            ('--amp', YES_NO, 'bfloat16 in the network, losses in float32 (default: where it is faster)'),
+             'to 0 by half a cosine'),
+            ('--amp', YES_NO, 'bfloat16 in the network, losses in float32'),
         ],
         'methods': [
             ('--noise', number(float, 0, 10), 'std of noise added to the input (ae, conv: denoising) or to '
@@ -208,10 +209,13 @@ else:
 
     def default_text(key, method):
         """' (default: ...)' of a flag: that of the method, else the one that all methods have in common."""
-        values = {name: own[key] for name, own in DEFAULTS.items()
-                  if own.get(key) is not None and method in (None, name)}
         if key in ('data', 'seed'):
             return f' (default: {COMMON[key]})'
+        values = {}
+        for name in takers(key):
+            value = DEFAULTS[name][key]
+            if method in (None, name) and (value is not None or key in DEFAULT_WORDS):
+                values[name] = DEFAULT_WORDS[key] if value is None else value
         if len(set(map(str, values.values()))) != 1:
             return ''
         names = '' if method else f'; for {", ".join(values)}'
@@ -310,6 +314,8 @@ else:
                 parser.error(f'--{key} is that of the --encoder run; leave it out')
         if method == 'classify' and typed.get('oracle') == 'web':
             parser.error('--oracle web asks in rounds; use --method query')
+        if method == 'classify' and typed.get('oracle', 'data') != 'data' and 'labels' in typed:
+            parser.error('--labels does nothing with a CSV: all its labels are used')
 
     def check_search(parser, method, typed):
         """--search needs a score, and numeric flags of the method. Fills in [N, (flag, low, high), ...]."""
@@ -317,7 +323,7 @@ else:
         if method not in scored or typed.get('oracle', 'data') != 'data':
             parser.error(f'--search has no score here: it is for {", ".join(scored)}, with --oracle data')
         types = {action.dest: action.type for action in parser._actions}
-        fixed = {*typed, *(['width'] if 'encoder' in typed else [])}
+        fixed = {*typed, 'port', *(['width'] if 'encoder' in typed else [])}
         if method != 'simclr':                             # others are scored by the loss, which these change
             fixed |= {'beta', 'noise'}
         numeric = [key for key in DEFAULTS[method]
@@ -336,8 +342,8 @@ else:
                 low, high = types[key](low), types[key](high)
             except argparse.ArgumentTypeError as e:
                 parser.error(f'--search {text}: {e}')
-            if not low < high:
-                parser.error(f'--search {text} wants a lower end and a higher one')
+            if not low < high or (key == 'epochs' and low < 1):
+                parser.error(f'--search {text} wants a lower end and a higher one, of epochs from 1 up')
             if key == 'labels' and low >= 1:               # a number of them, not a share
                 low, high = round(low), round(high)
             ranges.append((key, low, high))

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
 import urllib.request
@@ -263,11 +264,16 @@ def test_answers_from_a_file_make_the_same_run_and_what_is_missing_is_written_do
 
 def test_classify_learns_from_a_file_of_labels_as_another_run_leaves_it():
     with place(**UNLABELLED_DATA) as cwd:
-        flags = without('--labels', tiny('classify', '--overwrite --classes 0,1,2'))
+        flags = without('--labels', tiny('classify', '--classes 0,1,2'))
         for file in finished('query') / 'labels.csv', finished('query') / 'predictions.csv':
-            ok(*flags, '--oracle', file)
+            ok(*flags, '--overwrite --oracle', file)
             wanted = {int(row['id']): int(row['class']) for row in rows_of(file)}
             assert dict(zip(*bought(cwd / 'runs/classify'))) == wanted
+        (cwd / 'runs/classify/metrics.json').unlink()
+        moved = shutil.copy(file, cwd / 'moved.csv')
+        ok(*flags, '--resume --oracle', moved)
+        refused(*flags, '--name new --oracle none.csv', said=['none.csv', 'no such file'])
+        assert not (cwd / 'runs/new').exists()
 
 
 # ------------------------------------------------------------------------------ the estimated accuracy

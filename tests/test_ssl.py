@@ -91,8 +91,9 @@ def test_every_flag_is_read_and_help_of_a_method_shows_those_that_it_takes_with_
         shown = {key.replace('-', '_'): entry for key, entry in entries}
         assert set(shown) == {dest for dest in flags() if method is None or method in takers(dest)}, method
         for dest, value in cli().DEFAULTS.get(method, {}).items():
-            if dest in shown and value is not None and dest != 'decay_epochs':
-                assert f'(default: {value})' in ' '.join(shown[dest].split()), (method, dest)
+            if dest in shown and (value is not None or dest in cli().DEFAULT_WORDS):
+                wanted = cli().DEFAULT_WORDS[dest] if value is None else value
+                assert ' '.join(shown[dest].split()).endswith(f'(default: {wanted})'), (method, dest)
 
 
 def test_a_wrong_value_of_any_number_flag_is_one_line_and_starts_nothing():
@@ -114,7 +115,9 @@ WRONG = {                                                     # words: what the 
     '--method ae --data .': 'no image', '--method ae --lr 0': '--lr',
     '--method scan --clusters 1': '--clusters',
     '--evaluate runs/none': 'runs/none', '--compare none': 'none', '--evaluate=': 'path',
-    '--compare --lr 1': '--lr', '--compare --seed 1': '--seed', '--method ae --show-views v.png': 'simclr',
+    '--compare --lr 1': '--lr', '--method classify --oracle a.csv --labels 3': 'all its labels',
+    '--compare --seed 1': '--seed', '--method ae --search 2 epochs=0:2': 'from 1 up',
+    '--method ae --show-views v.png': 'simclr',
     '--method classify --pick informative': 'informative',
     '--method ae --device gpu': 'try cuda', '--method ae --device cuda:99': 'try cuda',
     '--method ae --device cpu:x': 'try cuda', '--method ae --device meta': 'try cuda',
