@@ -37,7 +37,7 @@ def scan_heads(h, near, K, heads=HEADS, entropy=ENTROPY, steps=800, batch=1024, 
     of the best head that they overlap most; the consensus is the mean over the heads, propagated.
     """
     g = generator(h.device, seed, 'scan')
-    x, batch = 16 * F.normalize(h.float(), dim=1), min(batch, len(h))
+    x, batch = 16 * F.normalize(h.float(), dim=1), min(batch, max(128, len(h) // 8))
     heads = max(1, min(heads, HEADS_BYTES // (4 * batch * K)))
     weight = (0.05 * torch.randn(h.shape[1], K * heads, generator=g, device=h.device)).requires_grad_()
     bias = torch.zeros(K * heads, device=h.device, requires_grad=True)

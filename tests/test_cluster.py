@@ -34,7 +34,7 @@ def test_scan_heads_find_blobs_agree_on_the_names_and_need_no_more_memory_than_t
     probs = cluster.scan_heads(h, near, 3, heads=8, steps=600, batch=64)
     assert evaluate.hungarian_accuracy(probs.argmax(1), blob)[0] == 1 and close(probs.sum(1), torch.ones(60))
     assert probs.max(1).values.min() > 0.75                   # heads that name differently would blur it
-    with mock.patch.object(cluster, 'HEADS_BYTES', 4 * 60 * 3 * 2 + 1):        # memory for two heads
+    with mock.patch.object(cluster, 'HEADS_BYTES', 4 * 64 * 3 * 2 + 1):        # memory for two heads
         few = cluster.scan_heads(h, near, 3, heads=8, steps=60, batch=64)
     assert close(few, cluster.scan_heads(h, near, 3, heads=2, steps=60, batch=64), 1e-6)
 
