@@ -283,9 +283,7 @@ def main(argv=None):
     p.add_argument('--repeats', type=int, default=5, metavar='N', help='turns (default: 5)')
     p.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
     args = p.parse_args(argv)
-    device.limit_threads()
-    device.keep_memory()
-    torch.set_flush_denormal(True)
+    device.prepare_cpu()
     where = device.pick_device(args.device)
     setup = Setup(where, device.amp_by_default(where), args.scale)
     measured = {}

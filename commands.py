@@ -16,7 +16,7 @@ import query
 import report
 import runs
 import train
-from device import amp_by_default, keep_memory, limit_threads, pick_device, set_deterministic
+from device import amp_by_default, pick_device, prepare_cpu, set_deterministic
 
 NO_MEMORY = ('out of memory', "can't allocate memory", 'not enough memory', 'bad_alloc')     # torch's words
 # Steps of the optimizer, at least, in so many epochs; with fewer, little is learned.
@@ -92,9 +92,7 @@ def run_name(method, typed, defaults):
 def start_device(args):
     """The device of this process, set up; joins the other processes, if there are any."""
     set_deterministic(args.deterministic)
-    limit_threads()
-    keep_memory()
-    torch.set_flush_denormal(True)      # below 1e-38 is 0: else a step of ae soon takes 1.4 times as long
+    prepare_cpu()
     return distributed.start(pick_device(args.device))
 
 
@@ -144,12 +142,13 @@ def fit_to_size(args, typed, n):
         return
     if 'batch_size' not in typed:
         args.batch_size = min(args.batch_size, max(16, n // 8))
-    steps, in_rounds = data.steps_per_epoch(n, args.batch_size), args.method in ('query', 'cluster')
+    steps = data.steps_per_epoch(n, args.batch_size)
     for key, least in LEAST_STEPS.get(args.method, {}).items():
         epochs = getattr(args, key)
+        too_few = key == 'epochs' and not runs.in_rounds(args) and epochs * steps < least
         if key not in typed:
             setattr(args, key, max(epochs, math.ceil(least / steps)))
-        elif key == 'epochs' and not in_rounds and epochs * steps < least and distributed.rank() == 0:
+        elif too_few and distributed.rank() == 0:
             print(f'only {epochs * steps} steps: little will be learned; more --epochs or a smaller '
                   '--batch-size make more of them')
 
@@ -319,12 +318,12 @@ def predict(folder, path, args):
 def compare(folders):
     """Print one table of these runs, by default all finished ones, with a line on each that is not finished;
     write runs/report.html about those of the table."""
-    there = () if folders else sorted(path.parent for path in Path('runs').glob('*/config.json'))
-    for folder in there:
-        if (folder / 'metrics.json').exists():
-            folders.append(folder)
-        else:
-            print(f'{folder}: {runs.state(folder)}')
+    if not folders:
+        there = sorted(path.parent for path in Path('runs').glob('*/config.json'))
+        folders = [folder for folder in there if (folder / 'metrics.json').exists()]
+        for folder in there:
+            if folder not in folders:
+                print(f'{folder}: {runs.state(folder)}')
     if not folders:
         return print('runs/ holds no finished run yet')
     print(report.table(report.compare(folders, 'runs/report.html')))

@@ -134,6 +134,13 @@ def keep_memory():
     mallopt(-1, (1 << 31) - 1)                                 # M_TRIM_THRESHOLD
 
 
+def prepare_cpu():
+    """Threads, memory, and numbers under 1e-38 as 0: with them a step of ae soon takes 1.4 times as long."""
+    limit_threads()
+    keep_memory()
+    torch.set_flush_denormal(True)
+
+
 # ----------------------------------------------------------------------------------------- progress
 
 class Progress:

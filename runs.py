@@ -146,6 +146,11 @@ def read_finished(folder):
     return config
 
 
+def in_rounds(args):
+    """Are the epochs of these arguments (a dict or a Namespace) those of one round or iteration?"""
+    return 'rounds' in args or 'iterations' in args
+
+
 def state(folder):
     """One line about an unfinished run: running, or stopped, at which epoch; or what is wrong with it."""
     folder = Path(folder)
@@ -153,8 +158,7 @@ def state(folder):
         args, rows = read_config(folder)['args'], trained(read_log(folder))
     except (ValueError, OSError) as e:
         return str(e)
-    in_rounds = 'rounds' in args or 'iterations' in args
-    of = f' of {args["epochs"]}' if 'epochs' in args and not in_rounds else ''
+    of = f' of {args["epochs"]}' if 'epochs' in args and not in_rounds(args) else ''
     return f'{"running" if locked(folder) else "stopped"} at epoch {rows[-1]["epoch"] if rows else 0}{of}'
 
 
