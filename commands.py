@@ -66,7 +66,7 @@ def run_command(args, typed, defaults):
     elif args.predict:
         predict(*args.predict, args=args)
     elif args.show_views:
-        show_views(args)
+        show_views(args, typed)
     else:
         args.name = args.name or run_name(args.method, typed, defaults)
         if args.search:
@@ -110,6 +110,7 @@ def train_and_measure(args, typed):
     device = start_device(args)
     ds = load_data(args)
     if not resumed:
+        fit_to_colour(args, typed, ds)
         fit_to_size(args, typed, len(ds.x_train))
         module.check(args, ds)                                  # before --overwrite deletes the old run
     if 'amp' in args and args.amp is None:
@@ -134,6 +135,13 @@ def continued(args, typed, folder):
     now = {key: value for key, value in vars(args).items()
            if key in typed or key in runs.NOT_IN_IDENTITY - {'data'}}
     return argparse.Namespace(**{**vars(args), **before, **now})
+
+
+def fit_to_colour(args, typed, ds):
+    """Other defaults for images in colour, where they were not typed."""
+    for key, value in getattr(args, 'on_colour', {}).items():
+        if ds.shape[0] == 3 and key not in typed:
+            setattr(args, key, value)
 
 
 def fit_to_size(args, typed, n):
@@ -330,11 +338,12 @@ def compare(folders):
     print('-> runs/report.html')
 
 
-def show_views(args):
+def show_views(args, typed):
     """Write originals and two augmented views of each as a PNG."""
     path = Path(args.show_views)
     if path.suffix != '.png':                                   # it may be somebody's data
         raise ValueError(f'--show-views {path}: wanted a name that ends in .png')
     ds = load_data(args)
+    fit_to_colour(args, typed, ds)
     pretrain.write_views(path, data.to_float(ds.x_train[:16]), pretrain.views_of(args), args.seed)
     print(f'wrote {path}: originals above two views of each')

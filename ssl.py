@@ -16,7 +16,8 @@ else:
 
     # ------------------------------------------------------------------- methods and their defaults
     # A method takes the flags that stand in its dict. Settings without a flag (weight_decay of the
-    # learning rate's warmup, ema) are changed here. None: found out when the run starts.
+    # learning rate's warmup, ema) are changed here. None: found out when the run starts. on_colour: what is
+    # another default where the images are in colour.
 
     VIEWS = dict(crop=0.5, flip=True, rotate=10.0, jitter=0.4, grey=0.0, blur=0.0, cutout=0.4, noise=0.0)
     HEAD = dict(encoder=None, net='resnet', width=1.0, freeze=False, amp=None, lr=1e-3, weight_decay=5e-4,
@@ -32,6 +33,7 @@ else:
         'simclr': dict(net='resnet', width=0.5, latent=256, epochs=12, batch_size=256, lr=4e-3,
                        weight_decay=1e-4, warmup=0.5, decay_epochs=None, amp=None, temperature=0.2,
                        recon=100.0, neighbours_from=0.33, neighbours=20,
+                       on_colour=dict(latent=0, recon=0.0, neighbours_from=1.0, crop=0.2),
                        **{**VIEWS, 'crop': 0.4, 'grey': 0.2, 'cutout': 0.0}),
         'classify': dict(**HEAD, **LABELS, labels=0.1, pick='random', epochs=20, batch_size=128,
                          decay_epochs=None, mixup=0.2,
@@ -216,6 +218,9 @@ else:
             value = DEFAULTS[name][key]
             if method in (None, name) and (value is not None or key in DEFAULT_WORDS):
                 values[name] = DEFAULT_WORDS[key] if value is None else value
+                on_colour = DEFAULTS[name].get('on_colour', {})
+                if key in on_colour:
+                    values[name] = f'{value}, on colour images {on_colour[key]}'
         if len(set(map(str, values.values()))) != 1:
             return ''
         names = '' if method else f'; for {", ".join(values)}'
@@ -331,26 +336,23 @@ else:
         n, *texts = typed['search']
         if not texts:
             parser.error('--search wants N FLAG=LOW:HIGH ..., as in --search 20 lr=1e-4:1e-2')
-        ranges = []
-        for text in texts:
-            name, _, ends = text.partition('=')
-            key = name.replace('-', '_')
-            if key not in numeric:
-                parser.error(f'--search {text}: wanted one of {", ".join(numeric)}, as in lr=1e-4:1e-2')
-            low, _, high = ends.partition(':')
-            try:
-                low, high = types[key](low), types[key](high)
-            except argparse.ArgumentTypeError as e:
-                parser.error(f'--search {text}: {e}')
-            if not low < high or (key == 'epochs' and low < 1):
-                parser.error(f'--search {text} wants a lower end and a higher one, of epochs from 1 up')
-            if key == 'labels' and low >= 1:               # a number of them, not a share
-                low, high = round(low), round(high)
-            ranges.append((key, low, high))
         try:
-            typed['search'] = [number(int, 1, 10**4)(n), *ranges]
+            found = [number(int, 1, 10**4)(n)]
+            for text in texts:
+                name, _, ends = text.partition('=')
+                key = name.replace('-', '_')
+                if key not in numeric:
+                    parser.error(f'--search {text}: wanted one of {", ".join(numeric)}, as in lr=1e-4:1e-2')
+                low, _, high = ends.partition(':')
+                low, high = types[key](low), types[key](high)
+                if not low < high or (key == 'epochs' and low < 1):
+                    parser.error(f'--search {text} wants a lower end and a higher one, of epochs from 1 up')
+                if key == 'labels' and low >= 1:           # a number of them, not a share
+                    low, high = round(low), round(high)
+                found.append((key, low, high))
         except argparse.ArgumentTypeError as e:
-            parser.error(f'--search {e}')
+            parser.error(f'--search {" ".join(typed["search"])}: {e}')
+        typed['search'] = found
 
     # ----------------------------------------------------------------------------------------- main
 

@@ -1,6 +1,6 @@
 """Learning without labels: objectives, what runs leave behind, and that no label is looked at."""
-from helpers import (TINY, TRAINED, UNLABELLED, arrays, close, differences, drawn, finished, images, logged,
-                     measured, ok, place, rand, refused, results, run, tiny, without, write_npz)
+from helpers import (TINY, TRAINED, UNLABELLED, arrays, cli, close, differences, drawn, finished, images,
+                     logged, measured, ok, place, rand, refused, results, run, tiny, without, write_npz)
 import math
 from unittest import mock
 
@@ -12,6 +12,7 @@ import features
 import losses
 import nets
 import pretrain
+import runs
 from device import generator
 
 
@@ -115,6 +116,24 @@ def test_images_without_labels_or_test_set_in_colour_and_odd_sizes_can_be_learne
             assert 'labels' in ok(*tiny(method))
             assert not {'knn', 'probe', 'acc'} & set(measured(cwd / 'runs' / method))
         assert 'labels' in ok(*tiny('scan'), '--encoder runs/simclr')
+
+
+def test_simclr_has_other_defaults_in_colour_where_they_are_not_typed():
+    default = cli().DEFAULTS['simclr']
+    flags = '--method simclr --data tiny.npz --width 0.1 --epochs 1'
+    with place(**arrays(40, 10, C=3)) as cwd:
+        ok(flags, '--name colour')
+        ok(flags, '--name typed --recon', default['recon'], '--crop', default['crop'])
+        ok(flags, '--name resumed')
+        (cwd / 'runs/resumed/metrics.json').unlink()
+        ok('--method simclr --name resumed --resume')
+        colour, typed, resumed = (runs.read_config(cwd / 'runs' / name)['args']
+                                  for name in ('colour', 'typed', 'resumed'))
+    assert default['on_colour'].items() <= colour.items()
+    assert resumed == {**colour, 'name': 'resumed', 'resume': True}
+    assert typed == {**colour, 'name': 'typed', 'recon': default['recon'], 'crop': default['crop']}
+    grey = runs.read_config(finished('simclr'))['args']
+    assert all(grey[key] == default[key] != value for key, value in default['on_colour'].items())
 
 
 def test_few_images_one_class_and_missing_classes_are_learned_and_one_image_is_refused():

@@ -93,6 +93,9 @@ def test_every_flag_is_read_and_help_of_a_method_shows_those_that_it_takes_with_
         for dest, value in cli().DEFAULTS.get(method, {}).items():
             if dest in shown and (value is not None or dest in cli().DEFAULT_WORDS):
                 wanted = cli().DEFAULT_WORDS[dest] if value is None else value
+                on_colour = cli().DEFAULTS[method].get('on_colour', {})
+                if dest in on_colour:
+                    wanted = f'{value}, on colour images {on_colour[dest]}'
                 assert ' '.join(shown[dest].split()).endswith(f'(default: {wanted})'), (method, dest)
 
 
