@@ -138,7 +138,7 @@ def cluster(run, args, ds, device):
     h = centred(start.encode(ds.x_train))
     near = features.neighbours(h, args.neighbours)
     if not trainer.kept:
-        keep(trainer, first_clusters(start, h, args), 0, near, args, ds)
+        keep(trainer, first_clusters(start, h, args, ds), 0, near, args, ds)
     objective = partial(classification, views=views_of(args), mixup=args.mixup)
     while True:
         now, pred = trainer.kept['row']['iteration'], trainer.kept['pred'].to(device)
@@ -146,17 +146,18 @@ def cluster(run, args, ds, device):
             run.log({'epoch': trainer.epoch, **trainer.kept['row']})
         if now == args.iterations:
             break
-        trainer.fit(objective, x, y=pred, last=(now + 1) * args.epochs, of=args.iterations * args.epochs)
+        trainer.fit(objective, x, y=pred, last=(now + 1) * args.epochs, epochs=args.iterations * args.epochs)
         probs = runs.Network(run.config, model, device).predict(ds.x_train)
         keep(trainer, probs.argmax(1), now + 1, near, args, ds)
     model.load_state_dict(distributed.from_first(load_best(run))['model'])
     return model
 
 
-def first_clusters(start, h, args):
-    """(N,) cluster ids: those of a finished scan with as many clusters, else by k-means on h (N, D)."""
+def first_clusters(start, h, args, ds):
+    """(N,) cluster ids: by a finished scan with as many clusters, else by k-means on h (N, D)."""
     if start.args.method == 'scan' and start.args.clusters == args.clusters:
-        return start.model.probs.argmax(1)
+        same = start.config['data']['digest'] == ds.digest
+        return (start.model.probs if same else start.predict(ds.x_train)).argmax(1)
     return evaluate.kmeans(h, args.clusters, seed=args.seed)[0]
 
 

@@ -79,11 +79,11 @@ def run_command(args, typed, defaults):
 # ------------------------------------------------------------------------------------------ training
 
 def run_name(method, typed, defaults):
-    """Name of a run: its method and the arguments that differ from the defaults."""
-    changed = {}
+    """Name of a run: its method and the arguments that differ from the defaults, or could on some data."""
+    changed, fitted = {}, {*defaults.get('on_colour', {}), 'batch_size', *LEAST_STEPS.get(method, {})}
     for key, value in typed.items():
         in_name = key == 'data' or key not in runs.NOT_IN_IDENTITY | {'method'}
-        if in_name and value != defaults[key]:
+        if in_name and (key in fitted or value != defaults[key]):
             is_path = key in ('data', 'encoder', 'oracle')
             changed[key] = Path(value).name.removesuffix('.npz') if is_path else value
     return runs.default_name(method, changed)
@@ -111,17 +111,21 @@ def train_and_measure(args, typed):
     ds = load_data(args)
     if not resumed:
         fit_to_colour(args, typed, ds)
-        fit_to_size(args, typed, len(ds.x_train))
+        fit_to_size(args, typed, ds)
         module.check(args, ds)                                  # before --overwrite deletes the old run
+        if getattr(args, 'encoder', None) and 'net' in args:
+            args.net, args.width = runs.net_of(runs.encoder_config(args.encoder, ds.shape))
     if 'amp' in args and args.amp is None:
         args.amp = getattr(args, 'net', '') != 'fc' and amp_by_default(device)
     run = open_run_folder(folder, args, typed, ds, device)
     args = argparse.Namespace(**run.config['args'])             # the same on every rank
     if run.is_finished:
-        if args.search:
-            return runs.read_json(run.folder / 'metrics.json')['score']
-        print(f'{run.folder} is already finished; --evaluate {run.folder} measures it again')
-        return
+        if not args.search:
+            print(f'{run.folder} is already finished; --evaluate {run.folder} measures it again')
+            return
+        score = runs.read_json(run.folder / 'metrics.json').get('score')
+        if score is not None:                                   # --evaluate leaves none
+            return score
     model = module.learn(run, args, ds, device)
     if args.search:
         return keep_score(run, args, *module.validation_score(run, args, ds, model, device))
@@ -144,10 +148,13 @@ def fit_to_colour(args, typed, ds):
             setattr(args, key, value)
 
 
-def fit_to_size(args, typed, n):
+def fit_to_size(args, typed, ds):
     """Smaller batches and more epochs for a small set, where they were not typed; tells if steps are few."""
     if 'batch_size' not in args:
         return
+    n = len(ds.x_train)
+    if args.method not in MODULES:                              # which keep some for validation
+        n = len(data.split(n, pretrain.VALIDATION, args.seed)[0])
     if 'batch_size' not in typed:
         args.batch_size = min(args.batch_size, max(16, n // 8))
     steps = data.steps_per_epoch(n, args.batch_size)
@@ -169,6 +176,9 @@ def open_run_folder(folder, args, typed, ds, device):
             raise ValueError(f'{folder} is the --encoder of this run, so it can not be overwritten; '
                              'use another --name')
         config['encoder'] = runs.encoder_config(args.encoder, ds.shape)
+    answers = Path(getattr(args, 'oracle', 'data'))
+    if answers.name in runs.TABLES and answers.resolve().parent == folder.resolve():
+        raise ValueError(f'{answers} is a file that the run in that folder writes; copy it to another place')
     first = distributed.rank() == 0
     if first and args.resume and not folder.exists():
         print(f'{folder} is not there yet: it starts')
@@ -285,7 +295,7 @@ def export_data(folder, network, ds):
         split[data.split(len(ds.x_train), pretrain.VALIDATION, network.args.seed)[1]] = 'validation'
     y = torch.full((len(ds.x_train),), -1) if ds.y_train is None else ds.y_train
     if network.args.method in ('classify', 'query'):
-        ids, labels = query.open_database(folder, ds).labels_of_round()
+        ids, labels = query.open_database(folder, ds).labels()
         y = torch.full((len(ds.x_train),), -1)
         y[ids] = labels
     parts = [(ds.x_train, y, split, ds.names_train)]

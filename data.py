@@ -117,8 +117,9 @@ def load(source='fashion-mnist', limit=None, classes=None, size=None):
     """Dataset of a name in KNOWN, an .npz, or a folder of image, IDX, STL-10 or CIFAR-10 files.
 
     limit: only so many training images, of image files some of each class, else the first. classes: their
-    names, in the order of their ids. size: side of the images that are made of image files. ValueError, one
-    sentence, for what can't be read; OSError where a download fails.
+    names, in the order of their ids; in a folder of images the folders have these names. size: side of the
+    images that are made of image files. ValueError, one sentence, for what can't be read; OSError where a
+    download fails.
     """
     known = source in KNOWN
     path = find(source) if known else Path(source)
@@ -126,7 +127,7 @@ def load(source='fashion-mnist', limit=None, classes=None, size=None):
         if not (path.is_dir() or zipfile.is_zipfile(path)):
             raise ValueError(f'{path} is missing or no .npz; wanted {", ".join(KNOWN)}, an .npz file, or a '
                              'folder of image, IDX, STL-10 or CIFAR-10 files')
-        arrays = read_folder(path, limit, size) if path.is_dir() else read_npz(path)
+        arrays = read_folder(path, limit, size, classes) if path.is_dir() else read_npz(path)
         if size and 'names_train' not in arrays:
             raise ValueError(f'{path} holds no image files, so --size can not be chosen')
         if source == 'fashion-mnist':
@@ -140,7 +141,7 @@ def find(name):
     files = archive.files if archive else IDX_NAMES.values()
     folder = Path('data') / name
     for there in folder, SHARED / name:
-        if all(idx_file(there, file) for file in files):
+        if all(existing_file(there, file) for file in files):
             return there
     if archive:
         download.unpacked(archive, folder)
@@ -149,16 +150,16 @@ def find(name):
     return folder
 
 
-def read_folder(folder, limit, size):
+def read_folder(folder, limit=None, size=None, classes=None):
     """{field of Dataset: array or list} of a folder, by what lies in it."""
     if any(folder.glob('*_X.bin')):
         return read_stl10(folder)
     if any(folder.glob('*_batch*.bin')):
         return read_cifar10(folder)
-    files = {key: idx_file(folder, name) for key, name in IDX_NAMES.items()}
+    files = {key: existing_file(folder, name) for key, name in IDX_NAMES.items()}
     if files['x_train']:
         return {key: read_idx(path) for key, path in files.items() if path}
-    return read_image_folder(folder, limit, size)
+    return read_image_folder(folder, limit, size, classes)
 
 
 def make_dataset(name, arrays, limit=None, classes=None):
@@ -178,10 +179,20 @@ def make_dataset(name, arrays, limit=None, classes=None):
         x_train = x_train[:limit]
 
     def dense(y, n):
-        return None if y is None else torch.from_numpy(np.where(y < 0, -1, np.searchsorted(ids, y)))[:n]
+        if y is None or y[:n].max() < 0:
+            return None
+        return torch.from_numpy(np.where(y < 0, -1, np.searchsorted(ids, y)))[:n]
 
     return Dataset(name, x_train, dense(y_train, limit), x_test, dense(y_test, None), classes, ids,
                    arrays.get('names_train'), arrays.get('names_test'))
+
+
+def clean(names):
+    """Names of classes as they are compared; ValueError if one is empty or there twice."""
+    names = [unicodedata.normalize('NFC', name.strip()) for name in names]
+    if '' in names or len(set(names)) < len(names):
+        raise ValueError(f'{",".join(names)} names a class twice or leaves a name empty')
+    return names
 
 
 def name_classes(labels, names=None):
@@ -189,9 +200,7 @@ def name_classes(labels, names=None):
     ids = sorted({i for y in labels if y is not None for i in np.unique(y).tolist() if i >= 0})
     if not names:
         return ids, [str(i) for i in ids]
-    names = [unicodedata.normalize('NFC', name.strip()) for name in names]
-    if '' in names or len(set(names)) < len(names):
-        raise ValueError(f'{",".join(names)} names a class twice or leaves a name empty')
+    names = clean(names)
     if len(names) > len(ids) and max(ids, default=0) < len(names):
         ids = list(range(len(names)))
     if len(names) != len(ids):
@@ -295,7 +304,7 @@ def opener(path):
     return gzip.open if str(path).endswith('.gz') else open
 
 
-def idx_file(folder, name):
+def existing_file(folder, name):
     """Path of `name` or `name`.gz in the folder, or None."""
     paths = [folder / name, folder / f'{name}.gz']
     return next((path for path in paths if path.is_file()), None)
@@ -344,10 +353,10 @@ def read_lines(path):
 
 # ---------------------------------------------------------------------------------------- image files
 
-def read_image_folder(folder, limit=None, size=None):
+def read_image_folder(folder, limit=None, size=None, classes=None):
     """Arrays of image files: [train/]<class>/x.jpg and, if they are there, test/<class>/y.jpg (or val/).
 
-    A file that lies in the folder of no class has no label.
+    A file that lies in the folder of no class has no label. classes: names of all, in the order of their ids.
     """
     names = list_images(folder)
 
@@ -360,7 +369,11 @@ def read_image_folder(folder, limit=None, size=None):
         train = [train[i * len(train) // limit] for i in range(limit)]      # some of each class
     x, kept = read_files(folder, train + test, size)
     found = [class_folder(name) for name in kept]
-    classes = sorted({name for name in found if name})
+    folders = {name for name in found if name}
+    classes = clean(classes) if classes else sorted(folders)
+    unknown = sorted(folders - {*classes})
+    if unknown:
+        raise ValueError(f'--classes does not name {unknown[0]}, which a folder of images is called')
     y = np.array([classes.index(name) if name else -1 for name in found])
     n = len(set(train) & set(kept))
     arrays = {'x_train': x[:n], 'y_train': y[:n], 'names_train': kept[:n], 'classes': classes}
@@ -381,7 +394,7 @@ def class_folder(name):
     """'cat' for cat/x.jpg, train/cat/x.jpg, test/cat/more/x.jpg; None for x.jpg, train/x.jpg."""
     if name.startswith(('train/', 'test/', 'val/')):
         _, name = name.split('/', 1)
-    return name.split('/')[0] if '/' in name else None
+    return unicodedata.normalize('NFC', name.split('/')[0].strip()) if '/' in name else None
 
 
 def read_files(folder, names, size=None, channels=None):

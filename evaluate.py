@@ -350,7 +350,9 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_shar
         bank_ids = torch.cat([train_ids, ds.labelled(val_ids)])
     else:
         x, y, bank_ids = ds.x_train, ds.y_train, train_ids
-        ids = val_ids if y is None else ds.labelled(val_ids)
+        ids = ds.labelled(val_ids)
+        if not len(ids):
+            y, ids = None, val_ids
     metrics = {'split': 'test' if use_test else 'validation', 'n': len(ids), 'left_out': []}
     if reconstruct:
         metrics.update(reconstruction(reconstruct, x, ids, device))
@@ -369,12 +371,12 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_shar
     n = len(train_ids)              # those of the bank; the others are validation images with a label
     labels = torch.full_like(bank_ids, -1) if ds.y_train is None else ds.y_train[bank_ids]
     labels = labels.to(device)
-    scores, clustering = _measure_kmeans(bank[:n], labels[:n], h, y, len(ds.classes), seed)
-    metrics.update(scores, kmeans_mapping='train' if ds.y_train is not None else metrics['split'])
-    shown.update(clustering)
-    if ds.y_train is None:
-        return {**metrics, 'left_out': ['knn', 'probe']}, shown
     known = labels >= 0
+    scores, clustering = _measure_kmeans(bank[:n], labels[:n], h, y, len(ds.classes), seed)
+    metrics.update(scores, kmeans_mapping='train' if known[:n].any() else metrics['split'])
+    shown.update(clustering)
+    if not known[:n].any():
+        return {**metrics, 'left_out': ['knn', 'probe']}, shown
     metrics['knn'] = _accuracy(knn(bank[known], labels[known], h), y)
     metrics['knn_labels'] = int(known.sum())
     a, b = _probe_rows(known, n, probe_share, seed)

@@ -108,7 +108,7 @@ class LabelDatabase:
         """Number of labels that were given."""
         return self._rows('SELECT count(label) FROM queries')[0][0]
 
-    def labels_of_round(self, up_to=1 << 62):
+    def labels(self, up_to=1 << 62):
         """(ids, labels) of the rounds up to this one, in the order of the questions: int64 (n,) each."""
         rows = self._rows('SELECT id, label FROM queries WHERE round <= ? AND label IS NOT NULL '
                           'ORDER BY number', up_to)

@@ -133,13 +133,13 @@ class Encoder(nn.Module):
             self.dim = dim or channels(64, width)
             self.layers = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), hidden), nn.ReLU(),
                                         nn.Linear(hidden, self.dim))
-            return
-        body, c, h, w = {'conv': convnet, 'resnet': resnet}[net](*shape, width)
-        self.dim = dim or c
-        if dim:
-            self.layers = nn.Sequential(body, nn.Flatten(), nn.Linear(c * h * w, dim))
         else:
-            self.layers = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            body, c, h, w = {'conv': convnet, 'resnet': resnet}[net](*shape, width)
+            self.dim = dim or c
+            if dim:
+                self.layers = nn.Sequential(body, nn.Flatten(), nn.Linear(c * h * w, dim))
+            else:
+                self.layers = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         if standardise:
             self.layers.append(nn.BatchNorm1d(self.dim, affine=False))
 

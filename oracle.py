@@ -63,7 +63,7 @@ class File:
 
         A line with `class` or `label` in it names the columns; without one they are image and class.
         """
-        ids, labels = self.database.labels_of_round()
+        ids, labels = self.database.labels()
         answers = dict(zip(ids.tolist(), labels.tolist()))
         image, label = 0, 1
         for number, row in enumerate(read_csv(self.path), 1):

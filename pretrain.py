@@ -106,15 +106,15 @@ def learn(run, args, ds, device):
     validate = partial(train.validate, model, objective, x_val, args.batch_size, args.seed, args.amp)
     trainer = train.start(run, args, model, x)
     alone = round(getattr(args, 'neighbours_from', 1) * args.epochs)    # epochs without neighbours
-    trainer.fit(objective, x, last=alone, of=args.epochs, check=validate)
+    trainer.fit(objective, x, last=alone, epochs=args.epochs, validate=validate)
     for first in range(alone + 1, args.epochs + 1, SEARCH_EVERY):
         last = min(first + SEARCH_EVERY - 1, args.epochs)
         if trainer.epoch > last:                                        # a resumed run has been here
             continue
         if trainer.epoch == first and trainer.step == 0:                # else it has found them
             find_neighbours(trainer, run, ds, train_ids, args.neighbours)
-        trainer.fit(partial(with_neighbours, images=x.at, objective=objective), x, last=last, of=args.epochs,
-                    y=trainer.kept['neighbours'].to(device), check=validate)
+        trainer.fit(partial(with_neighbours, images=x.at, objective=objective), x, last=last,
+                    epochs=args.epochs, y=trainer.kept['neighbours'].to(device), validate=validate)
     return model
 
 
@@ -135,6 +135,8 @@ def validation_score(run, args, ds, model, device):
         return -rows[-1]['val_loss'], 'minus the validation loss'
     network = runs.Network(run.config, model, device)
     train_ids, val_ids = ds.labelled(train_ids), ds.labelled(val_ids)
+    if not len(train_ids) or not len(val_ids):
+        raise ValueError('--search of simclr judges by labels, and there are too few')
     h, h_val = network.encode(ds.x_train, train_ids), network.encode(ds.x_train, val_ids)
     found = features.knn(h, ds.y_train[train_ids].to(device), h_val).cpu()
     return (found == ds.y_train[val_ids]).float().mean().item(), 'kNN on the validation images, by all labels'

@@ -114,12 +114,15 @@ def classify(run, args, ds, device):
     x = data.Images(ds.x_train[ids], device, torch.arange(len(ids)).repeat(repeat))
     objective = partial(classification, views=views_of(args), mixup=args.mixup)
     trainer = train.start(run, args, model, x)
-    trainer.fit(objective, x, last=args.epochs, of=args.epochs, y=y.repeat(repeat))
+    trainer.fit(objective, x, last=args.epochs, epochs=args.epochs, y=y.repeat(repeat))
     return model
 
 
 def buy_labels(run, args, ds, device):
     """(ids, labels) of --labels images picked by --pick, or of those in a CSV."""
+    database = open_database(run.folder, ds, budget=len(ds.x_train))
+    if database.rounds():                                       # a resumed run has asked
+        return database.labels()
     if args.oracle != 'data':
         known = read_answers(run, args, ds)
         picked, ask = torch.tensor(sorted(known)), lambda ids: [known[i] for i in ids]
@@ -132,8 +135,8 @@ def buy_labels(run, args, ds, device):
             picked = pool[labels.pick_random(n, len(pool), args.seed)]
         ask = ds.y_train.__getitem__
     database = open_database(run.folder, ds, ask, len(picked))
-    database.query(picked, round=0)                             # those known from an earlier try are free
-    return database.labels_of_round()
+    database.query(picked)
+    return database.labels()
 
 
 def answers_file(database, run, args, ds):
@@ -173,7 +176,7 @@ def query(run, args, ds, device):
             planned = rounds * args.epochs + args.decay_epochs
             objective = partial(consistency, labelled=(ds.x_train[ids].to(device), y.to(device)),
                                 views=views_of(args), threshold=args.threshold)
-            trainer.fit(objective, x, last=(now + 1) * args.epochs if more else planned, of=planned,
+            trainer.fit(objective, x, last=(now + 1) * args.epochs if more else planned, epochs=planned,
                         after_step=partial(model.follow, args.ema))
             if not more:
                 break
@@ -225,7 +228,7 @@ class Questions:
             self.say(now)
         asked, _ = database.rounds()[now]
         self.more = asked > 0 and now + 1 < self.args.rounds
-        return *database.labels_of_round(now), asked > 0
+        return *database.labels(up_to=now), asked > 0
 
     def choose(self, now):
         """Choose the questions of a round and write them down. The ids in here are places in the pool."""
@@ -261,7 +264,7 @@ class Questions:
         if args.until is not None:
             audits = max(audits, min(AUDITS_FOR_UNTIL, n // 2))
         drawn = order[:n if args.pick == 'random' else audits]
-        known, y = self.database.labels_of_round()
+        known, y = self.database.labels()
         known = torch.searchsorted(self.pool, known).to(self.device)
         ids, agreed = labels.pick_informative(n - len(drawn), probs, F.normalize(h, dim=1),
                                               torch.cat([taken, drawn]), known, y.to(self.device), seed)
@@ -278,7 +281,7 @@ class Questions:
         """Print a round that is over."""
         _, given, skipped, wrong = self.database.round_counts(now)
         _, estimate = self.database.rounds()[now]
-        by_class = torch.bincount(self.database.labels_of_round()[1], minlength=len(self.ds.classes)).tolist()
+        by_class = torch.bincount(self.database.labels()[1], minlength=len(self.ds.classes)).tolist()
         asked = f'round {now + 1}: {given} labels, {skipped} skipped' if given or skipped else 'the end'
         line = f'{asked}, {self.database.spent} of {self.budget} spent, by class {by_class}'
         if wrong is not None:
@@ -304,7 +307,7 @@ def validation_score(run, args, ds, model, device):
             raise ValueError('--search of query goes by the estimated accuracy, and there are too few random '
                              'queries to tell; add --audit or --labels')
         return estimate.mean, 'the accuracy estimated from the random queries'
-    ids, y = database.labels_of_round()
+    ids, y = database.labels()
     n = held_out(args, len(ids))
     if not n:
         raise ValueError(f'--search judges by a fifth of the labels, and {len(ids)} are too few')
@@ -313,7 +316,7 @@ def validation_score(run, args, ds, model, device):
 
 
 def measure(run, args, ds, model, device):
-    """Score a classifier on the test set, once; write predictions.csv, report.html and metrics.json."""
+    """Score a classifier on the test set, once; write report.html and metrics.json."""
     began, database = time.monotonic(), open_database(run.folder, ds)
     network = runs.Network(run.config, model, device)
     metrics, shown = evaluate.measure_classifier(ds, network.predict_batch, network.encode_batch, device,
@@ -333,7 +336,7 @@ def write_predictions(run, ds, model, device):
     given; labels.csv: the labels that were given."""
     folder, network = run.folder, runs.Network(run.config, model, device)
     confidence, label = (t.cpu() for t in network.predict(ds.x_train).max(1))
-    given, y = open_database(folder, ds).labels_of_round()
+    given, y = open_database(folder, ds).labels()
     confidence[given], label[given] = 1.0, y
     is_given = torch.zeros(len(label), dtype=torch.int64)
     is_given[given] = 1

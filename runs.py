@@ -38,6 +38,7 @@ except ImportError:                                     # Windows has no flock; 
 
 # arguments that say how a run is made, not what it is: they may change on --resume
 NOT_IN_IDENTITY = {'name', 'resume', 'overwrite', 'device', 'data', 'port', 'tensorboard', 'search'}
+TABLES = 'wanted.csv', 'labels.csv', 'predictions.csv', 'clusters.csv'         # that a run writes
 CHECKPOINTS = ('checkpoint.new.pt', 'checkpoint.pt', 'checkpoint.previous.pt')          # newest first
 
 
@@ -314,8 +315,7 @@ class Run:
                 aside = path.with_name(path.name.replace('labels', f'labels.{number}', 1))
                 os.replace(path, aside)
                 print(f'the labels given before are kept in {aside}')
-        for pattern in ('log.jsonl', 'metrics.json', 'report.html', 'wanted.csv', 'labels.csv',
-                        'predictions.csv', 'clusters.csv', '*.png', '*.pt'):
+        for pattern in 'log.jsonl', 'metrics.json', 'report.html', *TABLES, '*.png', '*.pt':
             for path in self.folder.glob(pattern):
                 path.unlink()
         shutil.rmtree(self.folder / 'tensorboard', ignore_errors=True)
@@ -370,6 +370,13 @@ class SilentRun:
 
 
 # --------------------------------------------------------------------------------- networks of runs
+
+def net_of(config):
+    """(--net, --width) of a config.json; of one with an encoder, those of that."""
+    while 'encoder' in config:
+        config = config['encoder']
+    return config['args']['net'], config['args']['width']
+
 
 def build(config, encoder=None):
     """The network of a config.json, initialised by its seed; encoder: a trained one to start from."""
@@ -448,6 +455,8 @@ class Network:
 
     def _checked(self, images):
         shape = tuple(self.config['data']['shape'])
+        if isinstance(images, torch.Tensor) and images.dtype != torch.uint8:
+            images = images.cpu().numpy()
         if isinstance(images, np.ndarray):
             images = data.to_images('the array', images, 1)
         if tuple(images.shape[1:]) != shape:

@@ -82,6 +82,7 @@ else:
             if not low <= value <= high or (above and value == low):             # also refuses nan
                 raise argparse.ArgumentTypeError(f'{text} is out of range; {wanted}')
             return value
+        parse.is_number = True
         return parse
 
     def path(text):
@@ -126,8 +127,8 @@ else:
              'optionally y_train, x_test, y_test'),
             ('--size', number(int, 8, 4096), 'height and width of the images of a folder (default: their '
              'median, 96 at most)'),
-            ('--limit', number(int, 20, 10**9), 'use only the first so many training images; those with '
-             'labels come first'),
+            ('--limit', number(int, 20, 10**9), 'use only so many training images: the first, of a '
+             'folder of images some of each class'),
             ('--name', {}, 'run folder under runs/ (default: the method and what differs from its defaults)'),
             ('--resume', ON, 'continue an unfinished run, to the same result'),
             ('--overwrite', ON, 'start again in an existing run folder'),
@@ -145,7 +146,7 @@ else:
              'average-pooled map'),
         ],
         'training': [
-            ('--epochs', number(int, 0, 10**6), 'passes over the images (cluster, query: of a round)'),
+            ('--epochs', COUNT, 'passes over the images (cluster, query: of a round)'),
             ('--batch-size', number(int, 2, 10**6), 'images a step, of all processes together'),
             ('--lr', number(float, 0, 1e9, above=True), 'peak learning rate of AdamW'),
             ('--weight-decay', number(float, 0, 10), 'not applied to norms and biases'),
@@ -195,7 +196,7 @@ else:
              'other view'),
         ],
         'views': [
-            ('--crop', number(float, 0.01, 1), 'smallest share of the area a crop keeps; 1 is no crop'),
+            ('--crop', number(float, 0.01, 1), 'least share of the area a crop keeps, about; 1 is no crop'),
             ('--flip', YES_NO, 'mirror left-right half of the time'),
             ('--rotate', number(float, 0, 180), 'degrees, either way'),
             ('--jitter', SHARE, 'brightness, contrast; on colour saturation and, a quarter of it, hue'),
@@ -304,9 +305,6 @@ else:
                          f'wanted random or {picks}')
         if method in ('ae', 'conv', 'vae', 'pca') and typed.get('latent') == 0:
             parser.error(f'--latent of --method {method} is wanted from 1 up')
-        least = 1 if method in ('cluster', 'query') or 'search' in typed else 0
-        if typed.get('epochs', 1) < least:
-            parser.error(f'--epochs is wanted from {least} up here')
 
     def check_pairs(parser, method, typed):
         """Flags that need or exclude each other."""
@@ -332,7 +330,7 @@ else:
         if method != 'simclr':                             # others are scored by the loss, which these change
             fixed |= {'beta', 'noise'}
         numeric = [key for key in DEFAULTS[method]
-                   if 'number' in getattr(types.get(key), '__qualname__', '') and key not in fixed]
+                   if getattr(types.get(key), 'is_number', False) and key not in fixed]
         n, *texts = typed['search']
         if not texts:
             parser.error('--search wants N FLAG=LOW:HIGH ..., as in --search 20 lr=1e-4:1e-2')
@@ -345,8 +343,8 @@ else:
                     parser.error(f'--search {text}: wanted one of {", ".join(numeric)}, as in lr=1e-4:1e-2')
                 low, _, high = ends.partition(':')
                 low, high = types[key](low), types[key](high)
-                if not low < high or (key == 'epochs' and low < 1):
-                    parser.error(f'--search {text} wants a lower end and a higher one, of epochs from 1 up')
+                if not low < high:
+                    parser.error(f'--search {text} wants a lower end and a higher one')
                 if key == 'labels' and low >= 1:           # a number of them, not a share
                     low, high = round(low), round(high)
                 found.append((key, low, high))

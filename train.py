@@ -144,11 +144,11 @@ class Trainer:
                        'seconds': self.seconds})
         self.saved_at = time.monotonic()
 
-    def fit(self, objective, x, last, of, y=None, check=None, after_step=None):
+    def fit(self, objective, x, last, epochs, y=None, validate=None, after_step=None):
         """Train on x, data.Images, to the end of epoch `last`.
 
-        of: the epochs over which the learning rate runs. y: a tensor with a row for each image, if the
-        objective takes them. check() is called after each epoch; the dict that it returns is logged.
+        epochs: all those over which the learning rate runs. y: a tensor with a row for each image, if the
+        objective takes them. validate() is called after each epoch; the dict that it returns is logged.
         Raises Stopped after a signal, once the state is saved, and Diverged when the loss is not finite.
         """
         if self.epoch > last:                           # a resumed run has been here
@@ -156,27 +156,27 @@ class Trainer:
         steps = data.steps_per_epoch(len(x), self.settings.batch_size)
         with signals() as stop:
             while self.epoch <= last:
-                self._train_epoch(objective, x, y, last, of, after_step, stop)
+                self._train_epoch(objective, x, y, last, epochs, after_step, stop)
                 row = {'epoch': self.epoch, 'loss': self.total.item() / steps,
-                       'lr': self.opt.param_groups[0]['lr'], **(check() if check else {}), **self.speed}
+                       'lr': self.opt.param_groups[0]['lr'], **(validate() if validate else {}), **self.speed}
                 row = distributed.from_first(row)
                 if math.isnan(row.get('rank', 0.0)):
                     raise Diverged(self._not_finite('a feature of the validation images'))
                 self.epoch, self.step, self.total = self.epoch + 1, 0, torch.zeros_like(self.total)
                 self.run.log(row)
-                Progress().say(describe(row, of))
+                Progress().say(describe(row, epochs))
             self.save()
             if stop:
                 raise Stopped(f'stopped after epoch {last}')
 
-    def _train_epoch(self, objective, x, y, last, of, after_step, stop):
+    def _train_epoch(self, objective, x, y, last, epochs, after_step, stop):
         settings, progress = self.settings, Progress()
         steps = data.steps_per_epoch(len(x), settings.batch_size)
         self.model.train()
         began, first, before = time.monotonic(), self.step, self.seconds
         order = data.batches(len(x), settings.batch_size, settings.seed, self.epoch, first, x.device)
         for step, ids, images in x.read((step, distributed.share(ids)) for step, ids in order):
-            scale = lr_scale((self.epoch - 1) * steps + step, of * steps, settings.warmup * steps,
+            scale = lr_scale((self.epoch - 1) * steps + step, epochs * steps, settings.warmup * steps,
                              settings.decay_epochs * steps)
             for group in self.opt.param_groups:
                 group['lr'] = settings.lr * scale
@@ -191,7 +191,7 @@ class Trainer:
                 if not self.total.isfinite():
                     raise Diverged(self._not_finite('the loss'))
             if progress.due():
-                progress.show(f'epoch {self.epoch}/{of} step {self.step}/{steps}  '
+                progress.show(f'epoch {self.epoch}/{epochs} step {self.step}/{steps}  '
                               f'loss {self.total.item() / self.step:.4f}  '
                               f'{self.rate * len(x) / steps:,.0f} images/s  {clock(self.time_left())} left')
             if stop or time.monotonic() - self.saved_at > SAVE_EVERY:

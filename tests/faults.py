@@ -62,7 +62,7 @@ def strange_json(blob, rng):
 def use_database(path):
     database = labels.LabelDatabase(path, lambda ids: [0] * len(ids), 99, 'abc')
     with contextlib.closing(database.db):
-        for question in database.labels_of_round, database.asked, database.history, database.rounds:
+        for question in database.labels, database.asked, database.history, database.rounds:
             question()
         database.query([5, 7], 3)
 

@@ -1,5 +1,6 @@
 """Clusters: the heads of scan and their criterion, pseudo-labelling in turns, names and files."""
-from helpers import close, finished, home, logged, measured, ok, randn, refused, rows_of, tiny, without
+from helpers import (arrays, close, finished, home, logged, measured, ok, place, randn, refused, rows_of,
+                     tiny, without)
 import itertools
 import math
 from unittest import mock
@@ -85,6 +86,12 @@ def test_cluster_starts_from_kmeans_or_a_scan_assigns_anew_and_keeps_each_iterat
         assert [row['iteration'] for row in rows] == [0, 1, 2]
         best = min(rows[1:], key=lambda row: row['criterion'])['iteration']    # of those that have a network
         assert found['best'] == found[f'iteration-{best:02}'] and found['final'] == found['iteration-02']
+    backwards = arrays()
+    backwards['x_train'] = backwards['x_train'][::-1]         # each image keeps its cluster
+    with place(**backwards) as cwd:
+        ok(*from_scan)
+        start = torch.load(cwd / 'runs/cluster/iteration-00.pt', weights_only=True)['pred']
+        assert (start == voted.flip(0)).float().mean() > 0.9
 
 
 def test_any_number_of_clusters_is_found_and_each_image_is_told_its_own():

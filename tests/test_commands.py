@@ -1,6 +1,6 @@
 """What can be done with runs: searches, tables, exports, predictions; and what is printed where."""
-from helpers import (HERE, close, finished, folder, home, images, inside, logged, ok, place, posix, python,
-                     refused, rows_of, run, tiny, weights, without, write_idx, write_npz)
+from helpers import (HERE, cli, close, finished, folder, home, images, inside, logged, ok, place, posix,
+                     python, refused, rows_of, run, tiny, weights, without, write_idx, write_npz)
 import math
 import os
 import shlex
@@ -33,6 +33,13 @@ def table_of(out, name):
     return [line.split() for line in out.splitlines() if line.startswith(f'{name}-') and ':' not in line]
 
 
+def test_a_run_is_named_by_what_differs_from_the_defaults_or_could_on_some_data():
+    for words, name in (('--seed 0 --lr 0.004 --temperature 0.3', 'simclr-temperature=0.3'),
+                        ('--crop 0.4 --epochs 12', 'simclr-crop=0.4-epochs=12')):
+        _, typed, defaults = cli().parse(['--method', 'simclr', *words.split()])
+        assert commands.run_name('simclr', typed, defaults) == name
+
+
 def test_a_search_scores_without_the_test_set_and_its_best_command_gives_the_best_run_again():
     over = '--search 3 lr=1e-5:1e-2'
     with place() as cwd:
@@ -47,6 +54,8 @@ def test_a_search_scores_without_the_test_set_and_its_best_command_gives_the_bes
         assert logged(cwd / 'runs/again')[-1]['val_loss'] == last[order[0]]
         again = ok(*tiny('ae'), over, '--resume')             # nothing is trained twice
         assert table_of(again, 'ae') == table_of(out, 'ae') and 'epoch 1/' not in again
+        ok('--evaluate runs/ae-00')
+        assert table_of(ok(*tiny('ae'), over, '--resume'), 'ae') == table_of(out, 'ae')
         for method in 'simclr', 'classify':
             ok(*tiny(method), over)
         for wrong, said in ('lr=3:1', 'lower'), ('lr=0:1', 'lr'), ('lr', 'lr'), ('net=1:2', 'net'):
@@ -95,7 +104,7 @@ def test_export_holds_the_features_of_all_images_with_what_labels_are_known():
         assert e['ids'].tolist() == [*range(120), *range(40)] and set(e['split'][120:]) == {'test'}
         y = ds.y_train
         if method == 'query':
-            ids, known = labels.LabelDatabase(there / 'labels.sqlite', None, 0, ds.digest).labels_of_round()
+            ids, known = labels.LabelDatabase(there / 'labels.sqlite', None, 0, ds.digest).labels()
             y = torch.full((120,), -1).index_put((ids,), known)
         assert e['labels'].tolist() == [*y.tolist(), *ds.y_test.tolist()]
         val = [] if method in ('query', 'scan') else data.split(120, 5000, 0)[1].tolist()

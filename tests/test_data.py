@@ -166,6 +166,7 @@ def test_minus_one_is_no_label():
     assert ds.y_train.tolist() == good['y_train'].tolist() and ds.ids == [0, 1, 2]
     assert ds.labelled().tolist() == list(range(1, 22, 2))
     assert ds.labelled(torch.tensor([9, 4, 1])).tolist() == [9, 1]
+    assert data.make_dataset('partly', {**good, 'y_train': np.r_[[-1] * 20, 0, 1]}, 20).y_train is None
     good['y_train'][:] = -1
     assert data.make_dataset('bare', good).y_train is None
 
@@ -307,6 +308,12 @@ def test_folders_of_images_are_read_with_or_without_classes_and_a_test_set():
             assert [ds.classes[k] for k in ds.y_train] == [name.split('/')[0] for name in names]
         assert not test or [ds.classes[k] for k in ds.y_test] == ['bee', 'cow']
         assert f'24 images to train on, {len(names_test)} to test, {len(ds.classes)} ' in said.getvalue()
+    with folder() as f, notes():                              # folders keep the names that they have
+        write_images(f, in_classes)
+        ds = data.load(f, classes=['sea lion', 'cow ', 'bee', 'ant'])
+        assert ds.y_train.tolist() == [3] * 8 + [2] * 8 + [0] * 8 and ds.classes[1] == 'cow'
+        with raises(ValueError, 'does not name sea lion'):
+            data.load(f, classes=['ant', 'bee', 'cow'])
 
 
 def test_images_are_resized_by_their_shorter_side_and_the_centre_is_cut_out():

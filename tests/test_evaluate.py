@@ -290,6 +290,9 @@ def test_images_without_a_label_are_left_out_of_what_needs_labels():
     m = measure({key: a[key] for key in ('x_train', 'y_train')})
     among = known[data.split(200, 20, 0)[1]].sum()                        # of the validation images
     assert (m['n'], m['knn_labels'], m['probe']) == (among, 70 - among, 1)
+    for labelled in data.split(200, 20, 0):                               # the other part has no label
+        m = measure({'x_train': a['x_train'], 'y_train': np.where(np.isin(range(200), labelled), 1, -1)})
+        assert (m['n'], m['left_out']) == (20, ['knn', 'probe', 'kmeans'][:2 if len(labelled) == 20 else 3])
 
 
 def test_features_that_overflow_are_told_as_a_training_that_diverged():

@@ -26,7 +26,7 @@ def test_a_label_is_charged_once_within_the_budget_and_written_before_it_is_give
     with folder() as f:
         database = LabelDatabase(f / 'l.sqlite', oracle, 3, 'abc')
         database.query([3, 1, 3])
-        assert lists(database.labels_of_round()) == [[3, 1], [8, 6]] and database.spent == 2
+        assert lists(database.labels()) == [[3, 1], [8, 6]] and database.spent == 2
         database.query(torch.tensor([1, 4]))
         assert [call.args for call in oracle.call_args_list] == [([3, 1],), ([4],)]
         with raises(ValueError, '1 more', 'budget of 3'):
@@ -34,7 +34,7 @@ def test_a_label_is_charged_once_within_the_budget_and_written_before_it_is_give
         database.query([4, 3])                              # known: it costs nothing
         assert oracle.call_count == 2
         again = LabelDatabase(f / 'l.sqlite', None, 0, 'abc')                  # as after a crash
-        assert lists(again.labels_of_round()) == [[3, 1, 4], [8, 6, 9]]
+        assert lists(again.labels()) == [[3, 1, 4], [8, 6, 9]]
         for answers in (lambda ids: 1 / 0), (lambda ids: [2, -1]):
             again = LabelDatabase(f / 'l.sqlite', answers, 5, 'abc')
             with contextlib.suppress(ZeroDivisionError, ValueError):
@@ -52,7 +52,7 @@ def test_rounds_estimates_and_predictions_are_kept_with_the_answers():
         again = LabelDatabase(f / 'l.sqlite', None, 0, 'abc')
         assert again.rounds() == {0: (2, None), 1: (3, None), 2: (0, estimate)}
         assert again.audits(0).tolist() == [False, True] and len(again.audits(2)) == 0
-        assert again.labels_of_round(up_to=0)[0].tolist() == [4, 5]
+        assert again.labels(up_to=0)[0].tolist() == [4, 5]
         assert again.history() == [(4, 1, 0, None), (5, 2, 0, None), (7, 1, 1, 1), (8, 2, 1, 0), (3, 0, 1, 0)]
         assert again.round_counts(1) == (3, 3, 0, 1 / 3)
 
@@ -77,7 +77,7 @@ def test_a_round_answered_one_by_one_goes_on_after_a_kill_with_the_same_open_que
         assert database.unanswered(0) == [7, 3, 9] and database.spent == 0
         assert database.answer(9, 1, 0) and database.answer(7, 1, 0) and database.answer(3, None, 0)
         assert not database.undo(3, 0) and database.last(0) is None            # the round is over
-        assert lists(database.labels_of_round()) == [[7, 9], [1, 1]]
+        assert lists(database.labels()) == [[7, 9], [1, 1]]
         assert database.asked().tolist() == [7, 3, 9] and database.round_counts(0) == (3, 2, 1, 0.5)
         database.query([1, 2, 4], 1)                        # the skipped one was not charged
         with raises(ValueError, 'budget'):

@@ -35,6 +35,8 @@ def test_encoders_have_the_dimension_they_state_and_the_maps_they_compute():
     for (H, W), net, dim in itertools.product([*SIZES, (64, 65)], NETS, (None, 7)):
         encoder = nets.Encoder(net, (1, H, W), 0.1, dim)      # dim: a linear layer on the map stated
         assert encoder(rand(2, 1, H, W)).shape == (2, encoder.dim) and encoder.dim == (dim or encoder.dim)
+        h = nets.Encoder(net, (1, H, W), 0.1, 7, standardise=True)(rand(9, 1, H, W))
+        assert close(h.mean(0), np.zeros(7), 1e-4) and (h.std(0) > 0.5).all()
     assert nets.resnet(1, 28, 28, 1.0)[1:] == (256, 4, 4) and nets.resnet(3, 96, 96, 0.1)[1:] == (48, 6, 6)
 
 

@@ -103,7 +103,7 @@ def test_of_eight_tabs_that_answer_at_once_one_counts_and_the_others_are_told():
         replies = list(pool.map(tab, range(8)))
         won = [k for status, _, k in replies if status == 200]
         assert sorted(status for status, _, _ in replies) == [200] + [409] * 7
-        assert [t.tolist() for t in database.labels_of_round()] == [[0], won]
+        assert [t.tolist() for t in database.labels()] == [[0], won]
         assert all(state['question'] == 1 for _, state, _ in replies)
 
 

@@ -35,7 +35,7 @@ def database(there):
 
 def bought(there):
     """(ids, labels) that a run paid for."""
-    return [t.tolist() for t in database(there).labels_of_round()]
+    return [t.tolist() for t in database(there).labels()]
 
 
 # ----------------------------------------------------------------------------------------- learning
@@ -105,6 +105,7 @@ def test_a_classifier_starts_from_any_encoder_and_a_frozen_one_keeps_every_bit()
             models = [runs.open_run(there).model for there in (finished(method), cwd / 'runs/classify')]
             before, after = (dict(flat(nets.encoder_of(model).state_dict())) for model in models)
             assert (before == after) == frozen, method
+        assert runs.read_config(cwd / 'runs/classify')['args']['width'] == 0.1
         assert 'already finished' in ok('--method classify --name classify --resume')
 
 
@@ -271,7 +272,10 @@ def test_classify_learns_from_a_file_of_labels_as_another_run_leaves_it():
             assert dict(zip(*bought(cwd / 'runs/classify'))) == wanted
         (cwd / 'runs/classify/metrics.json').unlink()
         moved = shutil.copy(file, cwd / 'moved.csv')
+        with open(moved, 'a') as f:                           # what is added later is not learned
+            f.write('119,0,0,1.0,1\n')
         ok(*flags, '--resume --oracle', moved)
+        assert dict(zip(*bought(cwd / 'runs/classify'))) == wanted
         refused(*flags, '--name new --oracle none.csv', said=['none.csv', 'no such file'])
         assert not (cwd / 'runs/new').exists()
 

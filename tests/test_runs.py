@@ -1,6 +1,7 @@
 """Run folders: checkpoints, logs, what may change on resume, what is kept, how a finished run is opened."""
 from helpers import (Hostile, arrays, close, finished, flat, folder, images, inside, measured, ok,
-                     place, raises, randn, refused, results, run, tiny, weights, write_npz)
+                     place, raises, randn, refused, results, run, tiny, weights, without,
+                     write_npz)
 import contextlib
 import io
 import json
@@ -165,6 +166,7 @@ def test_a_finished_run_opens_from_any_folder_and_gives_features_and_classes():
                 wanted = opened.model.encode(v / 255)
             h = opened.encode(x)
             assert close(h, wanted) and torch.equal(h, opened.encode(v)), method
+            assert torch.equal(h, opened.encode(v / 255)), method
             if method in ('classify', 'query', 'scan', 'cluster'):
                 p = opened.predict(x)
                 assert p.shape == (30, 3) and close(p.sum(1), np.ones(30)) and (p >= 0).all()
@@ -188,6 +190,9 @@ def test_labels_that_a_person_gave_are_kept_whatever_overwrites_the_run():
             ok(*flags, '--seed', seed)
             kept.append((there / 'labels.sqlite').read_bytes())
         ok(*tiny('ae'), '--name query --overwrite')
+        shutil.copy(answers, there / 'labels.csv')
+        refused(*without('--labels', tiny('classify')), '--overwrite --name query --oracle',
+                there / 'labels.csv', said=['copy it'])
         assert sorted(path.read_bytes() for path in there.glob('labels.*sqlite')) == sorted(kept)
         assert answers.exists() and not (there / 'labels.sqlite').exists()
         before = content()

@@ -100,7 +100,7 @@ def test_every_flag_is_read_and_help_of_a_method_shows_those_that_it_takes_with_
 
 
 def test_a_wrong_value_of_any_number_flag_is_one_line_and_starts_nothing():
-    numbers = {dest: a for dest, a in flags().items() if 'number' in getattr(a.type, '__qualname__', '')}
+    numbers = {dest: a for dest, a in flags().items() if getattr(a.type, 'is_number', False)}
     assert len(numbers) > 20
     wrong = '-1', 'nan', 'inf', '9' * 400, '', 'abc', '1,5', '0x10', '--lr'
     with folder() as cwd, inside(cwd), mock.patch('commands.main', side_effect=AssertionError('started')):
@@ -119,7 +119,7 @@ WRONG = {                                                     # words: what the 
     '--method scan --clusters 1': '--clusters',
     '--evaluate runs/none': 'runs/none', '--compare none': 'none', '--evaluate=': 'path',
     '--compare --lr 1': '--lr', '--method classify --oracle a.csv --labels 3': 'all its labels',
-    '--compare --seed 1': '--seed', '--method ae --search 2 epochs=0:2': 'from 1 up',
+    '--compare --seed 1': '--seed', '--method ae --search 2 epochs=0:2': 'from 1 to',
     '--method ae --show-views v.png': 'simclr',
     '--method classify --pick informative': 'informative',
     '--method ae --device gpu': 'try cuda', '--method ae --device cuda:99': 'try cuda',
