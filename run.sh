@@ -13,7 +13,7 @@ rows='pixels pca random ae conv vae simclr classify scan query control'   # cont
 
 settings() {   # the flags of row $2 in schedule $1 with seed $3, beside the defaults of its method
   case $1 in short) echo --limit 15000 ;; quick) echo --limit 1000 ;; esac
-  case $2 in classify | scan | query | control) echo --encoder "runs/$1-simclr-$3" ;; esac
+  case $2 in classify | scan | query | control) echo --encoder "runs/$1-simclr-seed=$3" ;; esac
   case $2 in control) echo --pick random ;; esac
   case $1-$2 in
     short-ae)      echo --epochs 10 ;;
@@ -73,15 +73,16 @@ environment
 find_data || { debian_data && find_data; } || stop 'put its four files into data/fashion-mnist/'
 for seed in $seeds; do
   if [[ $schedule == labels ]]; then
-    train "full-simclr-$seed" simclr --seed "$seed" $(settings full simclr "$seed")
+    start=full-simclr-seed=$seed
+    train "$start" simclr --seed "$seed" $(settings full simclr "$seed")
     for n in 100 250 500 1000 2000 5000 6000 7500 10000 20000 60000; do
-      train "labels-$n-scratch-$seed" classify --seed "$seed" --labels "$n"
-      train "labels-$n-simclr-$seed" classify --seed "$seed" --labels "$n" --encoder "runs/full-simclr-$seed"
+      train "labels-$n-scratch-seed=$seed" classify --seed "$seed" --labels "$n"
+      train "labels-$n-simclr-seed=$seed" classify --seed "$seed" --labels "$n" --encoder "runs/$start"
     done
   else
     for row in $rows; do
       more=$(settings "$schedule" "$row" "$seed")
-      train "$schedule-$row-$seed" "${row/control/query}" --seed "$seed" $more
+      train "$schedule-$row-seed=$seed" "${row/control/query}" --seed "$seed" $more
     done
   fi
 done

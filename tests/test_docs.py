@@ -72,7 +72,7 @@ def test_the_snippet_that_made_the_picture_of_the_readme_runs():
     with folder() as cwd, inside(cwd), mock.patch.object(data, 'load', return_value=ds):
         (cwd / 'docs').mkdir()
         for method in 'conv', 'scan':
-            shutil.copytree(finished(method), cwd / f'runs/full-{method}-0')
+            shutil.copytree(finished(method), cwd / f'runs/full-{method}-seed=0')
         exec(compile(code, 'results.md', 'exec'), {})
         assert (cwd / 'docs/examples.png').exists() and (HERE / 'docs/examples.png').exists()
 
