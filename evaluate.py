@@ -12,6 +12,7 @@ from device import generator, progress
 from features import effective_rank, in_chunks, knn, sample
 
 CHUNK = 1 << 20                     # distances at once: 4 MiB stay in a cache
+PROBE_SHARE = 0.1                   # of the labels, for the linear probe
 
 
 # ------------------------------------------------------------------------------------ image quality
@@ -329,14 +330,14 @@ def active_units(mu, threshold=0.01):
 # ------------------------------------------------------------------------------------- all measures
 
 @torch.no_grad()
-def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_share=0.1, device='cpu'):
+def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, device='cpu'):
     """(every measure of a representation, a dict for metrics.json; what they were measured on, to look at).
 
     Scored on the test set, which is read once; on the validation images if there is no test set, or if it has
     no labels while the training set has some. What needs labels that are missing is in 'left_out'.
 
     mse, ssim, psnr: of the reconstructions. knn: k = 20, cosine, all training labels, and those of validation
-    images where these are not scored. probe: linear, from probe_share of the same labels; a sixth of those
+    images where these are not scored. probe: linear, from PROBE_SHARE of the same labels; a sixth of those
     come from validation and choose the L2 strength. kmeans_*: on L2-normalised features, fitted on the
     training images, k = the number of classes; ACC maps clusters to classes by Hungarian matching on the
     training labels, NMI, ARI and purity need no mapping.
@@ -379,17 +380,17 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, probe_shar
         return {**metrics, 'left_out': ['knn', 'probe']}, shown
     metrics['knn'] = _accuracy(knn(bank[known], labels[known], h), y)
     metrics['knn_labels'] = int(known.sum())
-    a, b = _probe_rows(known, n, probe_share, seed)
+    a, b = _probe_rows(known, n, seed)
     logits, l2 = linear_probe(bank[a], labels[a], bank[b], labels[b], h)
     pred, shown['probs'] = logits.argmax(1), logits.softmax(1)
     metrics.update(probe=_accuracy(pred, y), probe_labels=len(a) + len(b), probe_l2=l2)
     return {**metrics, **_by_class(pred, y, len(ds.classes))}, shown
 
 
-def _probe_rows(known, n, share, seed):
-    """Rows drawn from the first n of the bank, and from the others, that a share of all labels makes."""
+def _probe_rows(known, n, seed):
+    """Rows drawn from the first n of the bank, and from the others, that PROBE_SHARE of all labels makes."""
     rows, others = known[:n].nonzero().flatten(), torch.arange(n, len(known), device=known.device)
-    count = max(2, round(share * (len(rows) + len(others))))
+    count = max(2, round(PROBE_SHARE * (len(rows) + len(others))))
     a = torch.randperm(len(rows), generator=generator('cpu', seed, 'probe'))
     b = torch.randperm(len(others), generator=generator('cpu', seed, 'probe', 'validation'))[:count // 6]
     a = a[:count - len(b)]

@@ -242,7 +242,8 @@ def test_active_units_are_those_whose_variance_passes_the_threshold():
 
 def measure(contents, encode=lambda x: x.flatten(1)):
     ds = data.make_dataset('tiny', contents)
-    return evaluate.measure(ds, *data.split(len(ds.x_train), 20, 0), encode, probe_share=0.5)[0]
+    with mock.patch.object(evaluate, 'PROBE_SHARE', 0.5):
+        return evaluate.measure(ds, *data.split(len(ds.x_train), 20, 0), encode)[0]
 
 
 def test_measure_scores_separable_classes_1_and_shuffled_labels_by_chance():
