@@ -115,6 +115,7 @@ def train_and_measure(args, typed):
         module.check(args, ds)                                  # before --overwrite deletes the old run
         if getattr(args, 'encoder', None) and 'net' in args:
             args.net, args.width = runs.net_of(runs.encoder_config(args.encoder, ds.shape))
+    vars(args).pop('on_colour', None)
     if 'amp' in args and args.amp is None:
         args.amp = getattr(args, 'net', '') != 'fc' and amp_by_default(device)
     run = open_run_folder(folder, args, typed, ds, device)
@@ -329,7 +330,7 @@ def predict(folder, path, args):
     rows = [(name, ids[k], classes[k], f'{p:.4f}') for name, k, p in
             zip(names or range(len(x)), pred.tolist(), confidence.tolist())]
     if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(encoding='utf-8')                # a CSV is whole on any system
+        sys.stdout.reconfigure(encoding='utf-8', errors='surrogateescape')     # a CSV is whole on any system
     sys.stdout.write(runs.csv_text(['file' if names else 'index', 'class', 'name', 'confidence'], rows))
 
 

@@ -353,6 +353,10 @@ def read_lines(path):
 
 # ---------------------------------------------------------------------------------------- image files
 
+PARTS = {'train': 'train', 'training': 'train', 'test': 'test', 'testing': 'test',
+         'val': 'val', 'valid': 'val', 'validation': 'val'}     # folders that divide a data set
+
+
 def read_image_folder(folder, limit=None, size=None, classes=None):
     """Arrays of image files: [train/]<class>/x.jpg and, if they are there, test/<class>/y.jpg (or val/).
 
@@ -360,11 +364,14 @@ def read_image_folder(folder, limit=None, size=None, classes=None):
     """
     names = list_images(folder)
 
-    def below(top):
-        return [name for name in names if name.startswith(f'{top}/')]
-
-    test = below('test') or below('val')
-    train = below('train') or sorted(set(names) - set(test))
+    parts = {part: [name for name in names if part_of(name) == part] for part in ('train', 'val', 'test')}
+    test = parts['test'] or parts['val']
+    train = parts['train'] or sorted(set(names) - set(test))
+    test = [name for name in test if class_folder(name)] or test
+    others = len(names) - len(train) - len(test)
+    if others:
+        note(f'{folder}: {others} images are not used: they lie beside train and test, or in test without a '
+             'class')
     if limit and limit < len(train):
         train = [train[i * len(train) // limit] for i in range(limit)]      # some of each class
     x, kept = read_files(folder, train + test, size)
@@ -390,9 +397,14 @@ def list_images(folder):
                   if name.lower().endswith(SUFFIXES))
 
 
+def part_of(name):
+    """'train', 'val' or 'test' for a file below a folder of such a name; else None."""
+    return PARTS.get(name.split('/')[0].lower()) if '/' in name else None
+
+
 def class_folder(name):
     """'cat' for cat/x.jpg, train/cat/x.jpg, test/cat/more/x.jpg; None for x.jpg, train/x.jpg."""
-    if name.startswith(('train/', 'test/', 'val/')):
+    if part_of(name):
         _, name = name.split('/', 1)
     return unicodedata.normalize('NFC', name.split('/')[0].strip()) if '/' in name else None
 

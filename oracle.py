@@ -25,9 +25,9 @@ PAGE = Path(__file__).with_name('label.html')
 class File:
     """Answers from a CSV file: an id or file name, and a class; ? for can't tell, nothing for not yet.
 
-    database: LabelDatabase; images: index to uint8 (C, H, W); classes: K names; path: of the CSV, which need
-    not exist yet; folder: for wanted.csv and wanted.png; names: file names of the images, if they have any;
-    class_ids: K numbers that stand for the classes too, 0..K-1 by default.
+    database: LabelDatabase, or None to read only the file; images: index to uint8 (C, H, W); classes: K
+    names; path: of the CSV, which need not exist yet; folder: for wanted.csv and wanted.png; names: of the
+    images, if they are files; class_ids: K numbers that stand for the classes too, 0..K-1 by default.
     """
 
     def __init__(self, database, images, classes, path, folder, names=None, class_ids=None):
@@ -63,8 +63,10 @@ class File:
 
         A line with `class` or `label` in it names the columns; without one they are image and class.
         """
-        ids, labels = self.database.labels()
-        answers = dict(zip(ids.tolist(), labels.tolist()))
+        answers = {}
+        if self.database:
+            ids, labels = self.database.labels()
+            answers.update(zip(ids.tolist(), labels.tolist()))
         image, label = 0, 1
         for number, row in enumerate(read_csv(self.path), 1):
             column = {cell.lower(): k for k, cell in enumerate(row)}
@@ -83,7 +85,7 @@ class File:
 def index_of(names, ids):
     """{name or id: index}; no ids where some name is a number, which could mean two things."""
     index = {normal(name): i for i, name in enumerate(names)}
-    if not any(name.isdecimal() for name in names):
+    if not any(Path(name).stem.isdecimal() for name in names):          # 17 could be 17.png
         index.update((str(id), i) for i, id in enumerate(ids))
     return index
 
@@ -103,7 +105,9 @@ def read_csv(path):
     encoding = 'utf-16' if blob[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'
     try:
         text = blob.decode(encoding)
-        rows = list(csv.reader(text.splitlines(), delimiter=max(',;\t', key=text.count)))
+        lines = text.splitlines()
+        delimiter = max('\t;,', key=lambda mark: sum(mark in line for line in lines))
+        rows = list(csv.reader(lines, delimiter=delimiter))
     except (UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f'{path} is not a readable CSV file ({e}); save it as CSV UTF-8') from None
     return [[normal(cell) for cell in row] for row in rows]

@@ -76,9 +76,10 @@ def check(args, ds):
     if not from_data and distributed.many():
         raise ValueError(f'--oracle {args.oracle} works with one process only')
     most = len(ds.labelled()) if from_data else len(ds.x_train)
+    if not from_data and Path(args.oracle).is_file():
+        answers_file(None, '', args, ds).read()                 # tells what is wrong in it
     if args.method == 'classify' and not from_data:
-        if not Path(args.oracle).is_file():
-            raise ValueError(f'--oracle {args.oracle}: there is no such file')
+        read_answers(args, ds)
         return                                                  # as many labels as the file has
     n = number_of_labels(args, ds)
     if not K <= n <= most:
@@ -124,7 +125,7 @@ def buy_labels(run, args, ds, device):
     if database.rounds():                                       # a resumed run has asked
         return database.labels()
     if args.oracle != 'data':
-        known = read_answers(run, args, ds)
+        known = read_answers(args, ds)
         picked, ask = torch.tensor(sorted(known)), lambda ids: [known[i] for i in ids]
     else:
         pool, n = ds.labelled(), number_of_labels(args, ds)
@@ -139,15 +140,16 @@ def buy_labels(run, args, ds, device):
     return database.labels()
 
 
-def answers_file(database, run, args, ds):
+def answers_file(database, folder, args, ds):
     """The CSV of --oracle."""
-    return oracle.File(database, ds.x_train, ds.classes, args.oracle, run.folder, ds.names_train, ds.ids)
+    return oracle.File(database, ds.x_train, ds.classes, args.oracle, folder, ds.names_train, ds.ids)
 
 
-def read_answers(run, args, ds):
+def read_answers(args, ds):
     """{id: label} of the CSV of --oracle, without those that could not be told."""
-    database = open_database(run.folder, ds, budget=len(ds.x_train))
-    answers = answers_file(database, run, args, ds).read()
+    if not Path(args.oracle).is_file():
+        raise ValueError(f'--oracle {args.oracle}: there is no such file')
+    answers = answers_file(None, '', args, ds).read()
     known = {i: label for i, label in answers.items() if label is not None}
     if not known:
         raise ValueError(f'{args.oracle} holds no label')
@@ -205,7 +207,7 @@ class Questions:
             own = open_database(run.folder, ds, budget=self.budget)     # for the threads that serve the page
             self.person = oracle.Web(own, ds.x_train, ds.classes, args.rounds, self.left, args.port)
         elif args.oracle != 'data':
-            self.person = answers_file(self.database, run, args, ds)
+            self.person = answers_file(self.database, run.folder, args, ds)
 
     def left(self):
         """(seconds of training until the next questions or None, whether there will be any), for the page."""

@@ -191,7 +191,7 @@ def table_rows(found):
         name = group[0][0].name
         if len(group) > 1:
             name = without_seed(name)
-        done = [metrics for *_, metrics in group if metrics]
+        done = [metrics for *_, metrics in group if metrics and 'score' not in metrics]     # no trials
         lines.append([name, str(len(done))] + [cell(done, key, form) for key, _, form in columns])
     return lines
 
@@ -329,7 +329,7 @@ def feature_maps(shown, classes, seed, most=1000):
         maps = {'by': 'predicted class', 'kinds': shown['probs'].argmax(1).cpu()[ids].tolist()}
     y, kl = features.tsne(h, PERPLEXITY)
     pca = features.principal(h)
-    variance = pca.var(0) / h.var(0).sum()
+    variance = pca.var(0) / h.var(0).sum().clamp(min=1e-30)
     return {
         **maps,
         'names': classes,

@@ -77,7 +77,7 @@ def csv_text(header, rows):
 
 def write_csv(path, header, rows):
     """Atomically, as UTF-8 on any system."""
-    write_atomic(path, csv_text(header, rows).encode())
+    write_atomic(path, csv_text(header, rows).encode(errors='surrogateescape'))
 
 
 def write_json(path, value):
@@ -455,7 +455,7 @@ class Network:
 
     def _checked(self, images):
         shape = tuple(self.config['data']['shape'])
-        if isinstance(images, torch.Tensor) and images.dtype != torch.uint8:
+        if isinstance(images, torch.Tensor) and (images.dtype != torch.uint8 or images.shape[1:] != shape):
             images = images.cpu().numpy()
         if isinstance(images, np.ndarray):
             images = data.to_images('the array', images, 1)

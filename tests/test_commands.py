@@ -54,6 +54,7 @@ def test_a_search_scores_without_the_test_set_and_its_best_command_gives_the_bes
         assert logged(cwd / 'runs/again')[-1]['val_loss'] == last[order[0]]
         again = ok(*tiny('ae'), over, '--resume')             # nothing is trained twice
         assert table_of(again, 'ae') == table_of(out, 'ae') and 'epoch 1/' not in again
+        assert table_of(ok('--compare'), 'ae')[0][1] == '0'   # a trial is no measured run
         ok('--evaluate runs/ae-00')
         assert table_of(ok(*tiny('ae'), over, '--resume'), 'ae') == table_of(out, 'ae')
         for method in 'simclr', 'classify':

@@ -314,6 +314,12 @@ def test_folders_of_images_are_read_with_or_without_classes_and_a_test_set():
         assert ds.y_train.tolist() == [3] * 8 + [2] * 8 + [0] * 8 and ds.classes[1] == 'cow'
         with raises(ValueError, 'does not name sea lion'):
             data.load(f, classes=['ant', 'bee', 'cow'])
+    with folder() as f, notes() as said:
+        write_images(f, [f'Training/{name}' for name in in_classes])
+        write_images(f, ['testing/bee/a.png', 'testing/b.png', 'c/d.png'])
+        ds = data.load(f)
+        assert ds.names_test == ['testing/bee/a.png'] and ds.classes == ['ant', 'bee', 'sea lion']
+        assert len(ds.x_train) == 24 and '2 images are not used' in said.getvalue()
 
 
 def test_images_are_resized_by_their_shorter_side_and_the_centre_is_cut_out():

@@ -257,7 +257,7 @@ def test_a_csv_is_read_as_spreadsheets_and_other_runs_write_it():
                 ('id;label\n1;7\n2;8\n', plain, {'class_ids': [7, 8]}),
                 ('1,5\n2,3', {1: 1, 2: 0}, {'classes': ('3', '5')}),
                 ('file,class\n"cats/1, café.jpg",cat\n"cats/2, café.jpg",dog', plain, {'names': names}),
-                ('file;label\ncats/1, café.jpg;cat\n2;1\n', plain, {'names': names})):
+                ('cats/1, café.jpg;cat\n2;1\n5;\n', plain, {'names': names})):
             assert answers_in(f, content, **options) == wanted, content
 
 
@@ -272,6 +272,8 @@ def test_a_mistake_in_a_csv_is_one_sentence_that_names_the_line():
                 answers_in(f, content)
         with raises(ValueError, "'0'"):
             answers_in(f, '1,0', ('3', '5'))                # not an index where names are numbers
+        with raises(ValueError, "'1'"):
+            answers_in(f, '1,cat', names=[f'{i}.png' for i in range(1, 21)])
         LabelDatabase(f / 'l.sqlite', None, 9, 'abc').answer(1, 0, 0)
         assert answers_in(f, '') == {1: 0}
         with raises(ValueError, 'image 1 another class'):

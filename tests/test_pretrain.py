@@ -129,7 +129,7 @@ def test_simclr_has_other_defaults_in_colour_where_they_are_not_typed():
         ok('--method simclr --name resumed --resume')
         colour, typed, resumed = (runs.read_config(cwd / 'runs' / name)['args']
                                   for name in ('colour', 'typed', 'resumed'))
-    assert default['on_colour'].items() <= colour.items()
+    assert default['on_colour'].items() <= colour.items() and 'on_colour' not in resumed
     assert resumed == {**colour, 'name': 'resumed', 'resume': True}
     assert typed == {**colour, 'name': 'typed', 'recon': default['recon'], 'crop': default['crop']}
     grey = runs.read_config(finished('simclr'))['args']

@@ -266,16 +266,21 @@ def test_answers_from_a_file_make_the_same_run_and_what_is_missing_is_written_do
 def test_classify_learns_from_a_file_of_labels_as_another_run_leaves_it():
     with place(**UNLABELLED_DATA) as cwd:
         flags = without('--labels', tiny('classify', '--classes 0,1,2'))
-        for file in finished('query') / 'labels.csv', finished('query') / 'predictions.csv':
+        for file in finished('query') / 'predictions.csv', finished('query') / 'labels.csv':
             ok(*flags, '--overwrite --oracle', file)
             wanted = {int(row['id']): int(row['class']) for row in rows_of(file)}
             assert dict(zip(*bought(cwd / 'runs/classify'))) == wanted
         (cwd / 'runs/classify/metrics.json').unlink()
         moved = shutil.copy(file, cwd / 'moved.csv')
         with open(moved, 'a') as f:                           # what is added later is not learned
-            f.write('119,0,0,1.0,1\n')
+            f.write(f'{min(set(range(120)) - set(wanted))},0\n')
         ok(*flags, '--resume --oracle', moved)
         assert dict(zip(*bought(cwd / 'runs/classify'))) == wanted
+        with open(moved, 'a') as f:
+            f.write('119,3\n')
+        before = list((cwd / 'runs/classify').iterdir())
+        refused(*flags, '--overwrite --oracle', moved, said=["'3'"])
+        assert before == list((cwd / 'runs/classify').iterdir())
         refused(*flags, '--name new --oracle none.csv', said=['none.csv', 'no such file'])
         assert not (cwd / 'runs/new').exists()
 
