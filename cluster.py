@@ -113,7 +113,7 @@ def scan(run, args, ds, device):
         probs = scan_heads(centred(h), near, args.clusters, HEADS, seed=args.seed)
         model.remember(h, probs)
         run.save({'model': model.state_dict()})
-        row = {'epoch': 0, 'iteration': 0, **describe(probs.argmax(1), None, near, args.clusters, ds)}
+        row = {'epoch': 0, 'iteration': 0, **numbers_of(probs.argmax(1), None, near, args.clusters, ds)}
         run.trim_log(-1)
         run.log(row)
         say(row)
@@ -165,7 +165,7 @@ def keep(trainer, pred, now, near, args, ds):
     """Keep an assignment with the state, and in iteration-NN.pt, final.pt and, if it is that, best.pt."""
     pred = distributed.from_first(pred.cpu())
     before = trainer.kept.get('pred')
-    row = {'iteration': now, **describe(pred, before, near.cpu(), args.clusters, ds)}
+    row = {'iteration': now, **numbers_of(pred, before, near.cpu(), args.clusters, ds)}
     best = trainer.kept['best'] if now > 1 else math.inf        # no network made the first assignment
     trainer.kept = {'pred': pred, 'row': row, 'best': min(best, row['criterion'])}
     if distributed.rank() == 0:
@@ -182,7 +182,7 @@ def load_best(run):
     return runs.load_checkpoint(run.folder / 'best.pt') if distributed.rank() == 0 else None
 
 
-def describe(pred, before, near, K, ds):
+def numbers_of(pred, before, near, K, ds):
     """An assignment pred (N,) in numbers: the share that is as `before`, sizes, criterion; and, to be looked
     at and never used, its scores where there are labels."""
     pred = pred.cpu()

@@ -171,7 +171,7 @@ def fit_to_size(args, typed, ds):
 
 def open_run_folder(folder, args, typed, ds, device):
     """The run on rank 0, what the others see of it elsewhere; with config and is_finished on all."""
-    config = runs.describe(vars(args), ds, device)
+    config = runs.config_of(vars(args), ds, device)
     if getattr(args, 'encoder', None):
         if args.overwrite and folder.resolve() == Path(args.encoder).resolve():
             raise ValueError(f'{folder} is the --encoder of this run, so it can not be overwritten; '

@@ -117,7 +117,7 @@ def measures(metrics):
     return rows
 
 
-def describe(metrics):
+def as_text(metrics):
     """metrics.json as lines of text."""
     lines = []
     if 'n' in metrics:
@@ -399,7 +399,7 @@ def finish(run, ds, metrics, shown, began):
     if args['tensorboard']:
         write_tensorboard(run.folder, metrics, shown, ds.classes, args['seed'])
     run.write_metrics(metrics)
-    print(f'{describe(metrics)}\n-> {run.folder}/report.html')
+    print(f'{as_text(metrics)}\n-> {run.folder}/report.html')
     if args['tensorboard']:
         print(f'-> {run.folder}/tensorboard, which tensorboard --logdir {run.folder} shows')
 

@@ -240,7 +240,7 @@ def default_name(method, changed):
     return name.encode()[:150].decode(errors='ignore')          # file systems allow 255 bytes
 
 
-def describe(args, ds, device):
+def config_of(args, ds, device):
     """config.json: every argument, what data, which versions, where."""
     return {
         'args': args,
@@ -257,7 +257,7 @@ class Run:
     """One run folder, opened for writing and locked until the process ends."""
 
     def __init__(self, folder, config, typed=(), resume=False, overwrite=False):
-        """config: as from describe(). typed: names of the arguments that were typed; on resume one that
+        """config: as from config_of(). typed: names of the arguments that were typed; on resume one that
         differs from the folder's config.json is an error that names it."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -164,7 +164,7 @@ class Trainer:
                     raise Diverged(self._not_finite('a feature of the validation images'))
                 self.epoch, self.step, self.total = self.epoch + 1, 0, torch.zeros_like(self.total)
                 self.run.log(row)
-                Progress().say(describe(row, epochs))
+                Progress().say(epoch_line(row, epochs))
             self.save()
             if stop:
                 raise Stopped(f'stopped after epoch {last}')
@@ -266,7 +266,7 @@ def validate(model, objective, x_val, batch_size, seed, amp):
     return {**means, 'std': std, 'rank': rank, 'collapsed': len(h) >= 10 and (point or line)}
 
 
-def describe(row, epochs):
+def epoch_line(row, epochs):
     """One epoch as a line; the loss stands beside what chance would give, where that is known."""
     known = {'recon': 'recon {:.4g}', 'kl': 'KL {:.1f}', 'chance': 'chance {:.3f}'}
     extra = ''.join(f'  {form.format(row[key])}' for key, form in known.items() if key in row)

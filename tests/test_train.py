@@ -80,7 +80,7 @@ def test_validation_leaves_the_model_as_it_is_and_weighs_images_equally():
     assert close(row['val_loss'], ((model(v) - v) ** 2).mean()) and not row['collapsed']
     model.encode = lambda x: torch.full((len(x), 4), 7.0) + 1e-3 * x[:, 0, 0, :4]
     row = train.validate(model, lambda *_: (torch.tensor(1.0), {}), x, 10, 0, False)
-    assert 'collapsed' in train.describe({'epoch': 1, 'loss': 0.1, 'images_per_s': 1, **row}, 2)
+    assert 'collapsed' in train.epoch_line({'epoch': 1, 'loss': 0.1, 'images_per_s': 1, **row}, 2)
 
 
 def test_the_same_seed_twice_is_bit_identical_also_if_images_are_read_batch_by_batch():
