@@ -76,11 +76,11 @@ def check(args, ds):
     if not from_data and distributed.many():
         raise ValueError(f'--oracle {args.oracle} works with one process only')
     most = len(ds.labelled()) if from_data else len(ds.x_train)
-    if not from_data and Path(args.oracle).is_file():
-        answers_file(None, '', args, ds).read()                 # tells what is wrong in it
     if args.method == 'classify' and not from_data:
-        read_answers(args, ds)
+        read_answers(args, ds)                                  # tells what is wrong in it
         return                                                  # as many labels as the file has
+    if not from_data and Path(args.oracle).is_file():
+        answers_file(None, '', args, ds).read()
     n = number_of_labels(args, ds)
     if not K <= n <= most:
         raise ValueError(f'--labels asks for {n:,} labels; wanted from {K}, the number of classes, to '
