@@ -106,7 +106,7 @@ def epoch(setup, method, n):
 
     def ours():
         with contextlib.redirect_stdout(io.StringIO()):
-            trainer.fit(objective, resident, last=trainer.epoch, of=1000)
+            trainer.fit(objective, resident, last=trainer.epoch, epochs=1000)
     calls = {'ours': ours}
     if method == 'simclr':
         calls['torchvision'] = partial(loader_epoch, setup, network(setup, args), x)

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Trains each method on Fashion-MNIST, measures all in the same way, prints a table, writes runs/report.html.
+# Trains all methods but cluster on Fashion-MNIST, measures them alike, prints a table, writes a report.
 #   bash run.sh                     about 10 minutes on two CPU cores
 #   bash run.sh quick               the same steps on few images, about 2 minutes; its numbers mean nothing
 #   bash run.sh full [SEED ...]     the long schedules of docs/results.md, seeds 0 and 1 unless given: hours
 #   bash run.sh labels [SEED ...]   classifiers from 100 to 60,000 labels, from scratch and from simclr
 #   bash run.sh test [WORD ...]     the tests, or those with a WORD in their names
-# Stopped at any moment, the same command continues. PYTHON=/path/to/python chooses the Python.
+# Stopped at any moment, the same command continues; only the tests start again.
+# PYTHON=/path/to/python chooses the Python.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 

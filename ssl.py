@@ -15,9 +15,9 @@ else:
     from pathlib import Path
 
     # ------------------------------------------------------------------- methods and their defaults
-    # A method takes the flags that stand in its dict. Settings without a flag (weight_decay of the
-    # learning rate's warmup, ema) are changed here. None: found out when the run starts. on_colour: what is
-    # another default where the images are in colour.
+    # A method takes the flags that stand in its dict. Settings without a flag (warmup, the epochs in
+    # which the learning rate rises; ema) are changed here. None: found out when the run starts.
+    # on_colour: what is another default where the images are in colour.
 
     VIEWS = dict(crop=0.5, flip=True, rotate=10.0, jitter=0.4, grey=0.0, blur=0.0, cutout=0.4, noise=0.0)
     HEAD = dict(encoder=None, net='resnet', width=1.0, freeze=False, amp=None, lr=1e-3, weight_decay=5e-4,
@@ -110,7 +110,7 @@ else:
              + ', '.join(f'{k} = {v}' for k, v in ABOUT.items())),
             ('--evaluate', path, 'measure a finished RUN again'),
             ('--compare', dict(nargs='*', metavar='RUN'), 'print one table of these runs, and write '
-             'runs/report.html; without a name of all, and how far unfinished ones are'),
+             'runs/report.html; by default of all finished runs, and say how far the others are'),
             ('--export', dict(nargs='+', type=path, metavar=('RUN NPZ', 'NEW')), 'write the features that a '
              'finished run gives all its images, or those of a file or folder NEW, as an .npz'),
             ('--predict', dict(nargs=2, type=path, metavar=('RUN', 'FILE')), 'print what class or cluster a '
@@ -162,8 +162,8 @@ else:
             ('--temperature', number(float, 0.001, 100), 'of NT-Xent'),
             ('--recon', number(float, 0, 1e6), 'weight of the squared error of a decoder beside NT-Xent; 0: '
              'no decoder'),
-            ('--neighbours-from', SHARE, 'share of the epochs after which the two views are of an image and '
-             'one of its neighbours; 1: never'),
+            ('--neighbours-from', SHARE, 'after this share of the epochs the second view is of a '
+             'neighbour of the image; 1: never'),
         ],
         'few labels': [
             ('--encoder', path, 'finished run whose encoder to start from; without it from scratch'),
