@@ -455,7 +455,8 @@ class Network:
 
     def _checked(self, images):
         shape = tuple(self.config['data']['shape'])
-        if isinstance(images, torch.Tensor) and (images.dtype != torch.uint8 or images.shape[1:] != shape):
+        tensor = isinstance(images, torch.Tensor)
+        if tensor and (images.dtype != torch.uint8 or images.ndim == 3 or images.shape[3] in (1, 3)):
             images = images.cpu().numpy()
         if isinstance(images, np.ndarray):
             images = data.to_images('the array', images, 1)
