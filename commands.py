@@ -113,11 +113,7 @@ def train_and_measure(args, typed):
         fit_to_colour(args, typed, ds)
         fit_to_size(args, typed, ds)
         module.check(args, ds)                                  # before --overwrite deletes the old run
-        if getattr(args, 'encoder', None) and 'net' in args:
-            args.net, args.width = runs.net_of(runs.encoder_config(args.encoder, ds.shape))
     vars(args).pop('on_colour', None)
-    if 'amp' in args and args.amp is None:
-        args.amp = getattr(args, 'net', '') != 'fc' and amp_by_default(device)
     run = open_run_folder(folder, args, typed, ds, device)
     args = argparse.Namespace(**run.config['args'])             # the same on every rank
     if run.is_finished:
@@ -171,12 +167,16 @@ def fit_to_size(args, typed, ds):
 
 def open_run_folder(folder, args, typed, ds, device):
     """The run on rank 0, what the others see of it elsewhere; with config and is_finished on all."""
-    config = runs.config_of(vars(args), ds, device)
+    config = runs.config_of(vars(args), ds, device)             # holds args: what is set below is set in it
     if getattr(args, 'encoder', None):
         if args.overwrite and folder.resolve() == Path(args.encoder).resolve():
             raise ValueError(f'{folder} is the --encoder of this run, so it can not be overwritten; '
                              'use another --name')
         config['encoder'] = runs.encoder_config(args.encoder, ds.shape)
+        if 'net' in args:
+            args.net, args.width = runs.net_of(config)
+    if 'amp' in args and args.amp is None:
+        args.amp = getattr(args, 'net', '') != 'fc' and amp_by_default(device)
     answers = Path(getattr(args, 'oracle', 'data'))
     if answers.name in runs.TABLES and answers.resolve().parent == folder.resolve():
         raise ValueError(f'{answers} is a file that the run in that folder writes; copy it to another place')
@@ -215,9 +215,6 @@ def search(args, typed):
     """Try settings from the ranges of --search, each as a run of its own, and print them, the best first."""
     start_device(args)
     say = print if distributed.rank() == 0 else lambda *_: None
-    if args.method == 'simclr' and load_data(args).y_train is None:
-        raise ValueError('the losses of these settings can not be compared with each other, and the data has '
-                         'no labels to judge by')
     plain = {key: value for key, value in typed.items() if key != 'search'}
     trials = []
     n, *ranges = args.search

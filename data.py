@@ -150,7 +150,7 @@ def find(name):
     return folder
 
 
-def read_folder(folder, limit=None, size=None, classes=None):
+def read_folder(folder, limit, size, classes):
     """{field of Dataset: array or list} of a folder, by what lies in it."""
     if any(folder.glob('*_X.bin')):
         return read_stl10(folder)
@@ -187,9 +187,14 @@ def make_dataset(name, arrays, limit=None, classes=None):
                    arrays.get('names_train'), arrays.get('names_test'))
 
 
+def normal(name):
+    """A name in NFC without spaces around it: names that look the same are the same."""
+    return unicodedata.normalize('NFC', name.strip())
+
+
 def clean(names):
     """Names of classes as they are compared; ValueError if one is empty or there twice."""
-    names = [unicodedata.normalize('NFC', name.strip()) for name in names]
+    names = [normal(name) for name in names]
     if '' in names or len(set(names)) < len(names):
         raise ValueError(f'{",".join(names)} names a class twice or leaves a name empty')
     return names
@@ -406,7 +411,7 @@ def class_folder(name):
     """'cat' for cat/x.jpg, train/cat/x.jpg, test/cat/more/x.jpg; None for x.jpg, train/x.jpg."""
     if part_of(name):
         _, name = name.split('/', 1)
-    return unicodedata.normalize('NFC', name.split('/')[0].strip()) if '/' in name else None
+    return normal(name.split('/')[0]) if '/' in name else None
 
 
 def read_files(folder, names, size=None, channels=None):

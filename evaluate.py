@@ -373,10 +373,11 @@ def measure(ds, train_ids, val_ids, encode, reconstruct=None, seed=0, device='cp
     labels = torch.full_like(bank_ids, -1) if ds.y_train is None else ds.y_train[bank_ids]
     labels = labels.to(device)
     known = labels >= 0
+    in_training = bool(known[:n].any())
     scores, clustering = _measure_kmeans(bank[:n], labels[:n], h, y, len(ds.classes), seed)
-    metrics.update(scores, kmeans_mapping='train' if known[:n].any() else metrics['split'])
+    metrics.update(scores, kmeans_mapping='train' if in_training else metrics['split'])
     shown.update(clustering)
-    if not known[:n].any():
+    if not in_training:
         return {**metrics, 'left_out': ['knn', 'probe']}, shown
     metrics['knn'] = _accuracy(knn(bank[known], labels[known], h), y)
     metrics['knn_labels'] = int(known.sum())

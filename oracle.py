@@ -9,13 +9,13 @@ import math
 import secrets
 import threading
 import time
-import unicodedata
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import report
 import runs
+from data import normal
 
 PAGE = Path(__file__).with_name('label.html')
 
@@ -111,11 +111,6 @@ def read_csv(path):
     except (UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f'{path} is not a readable CSV file ({e}); save it as CSV UTF-8') from None
     return [[normal(cell) for cell in row] for row in rows]
-
-
-def normal(name):
-    """A name in NFC without spaces around it: names that look the same are the same."""
-    return unicodedata.normalize('NFC', name.strip())
 
 
 # ------------------------------------------------------------------------------------------ the page

@@ -90,6 +90,10 @@ def check(args, ds):
     pixels = math.prod(ds.shape)
     if args.method == 'pca' and args.latent > pixels:
         raise ValueError(f'--latent {args.latent} is more than the {pixels} numbers of an image')
+    parts = data.split(len(ds.x_train), VALIDATION, args.seed)
+    if args.method == 'simclr' and args.search and not all(len(ds.labelled(ids)) for ids in parts):
+        raise ValueError('the losses of these settings can not be compared with each other, and there are '
+                         'no labels, or too few, to judge by')
 
 
 def learn(run, args, ds, device):
@@ -135,8 +139,6 @@ def validation_score(run, args, ds, model, device):
         return -rows[-1]['val_loss'], 'minus the validation loss'
     network = runs.Network(run.config, model, device)
     train_ids, val_ids = ds.labelled(train_ids), ds.labelled(val_ids)
-    if not len(train_ids) or not len(val_ids):
-        raise ValueError('--search of simclr judges by labels, and there are too few')
     h, h_val = network.encode(ds.x_train, train_ids), network.encode(ds.x_train, val_ids)
     found = features.knn(h, ds.y_train[train_ids].to(device), h_val).cpu()
     return (found == ds.y_train[val_ids]).float().mean().item(), 'kNN on the validation images, by all labels'
